@@ -1,0 +1,233 @@
+"""Divergences between a teacher's and a student's distribution, each declared once as a pointwise term.
+
+A divergence is a sum over the vocabulary, ``D = sum_v term(log p_v, log q_v)``, of the teacher's log-probabilities
+``log p`` and the student's ``log q``. The loss of a row, its gradient (by `jax.jvp` of the term) and the GPU kernel all
+follow from the term, so a new divergence is one function:
+
+    def chi_squared_term(log_p, log_q):
+        return weigh(jnp.exp(log_q), jnp.expm1(log_p - log_q) ** 2)
+
+    chi_squared = jaxkd.Divergence(chi_squared_term)
+
+Log-probabilities reach -inf (a masked token) and -200 (a token whose probability underflows): `weigh` makes zero
+probability times an infinite logarithm the zero that it is in the limit, and a term at (-inf, -inf) must be 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+Pointwise = Callable[..., jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence of two distributions, as a pointwise term of their log-probabilities.
+
+    Args:
+      term: ``term(log_p, log_q, *parameters)``, elementwise in the teacher's ``log_p`` and the student's ``log_q``. It
+        is traced inside the GPU kernel too, so it uses elementwise `jax.numpy` only. Define it at module level: it is
+        part of what `jax.jit` caches on.
+      parameters: scalars handed to ``term``. They may be traced, so that a schedule drives them without recompiling.
+      slope: ``d term / d log_q``, with the signature of ``term``, where a closed form is faster or safer than the one
+        that `jax.jvp` derives.
+
+    Called with log-probabilities of shape (..., V) it returns the divergence of each row, shape (...).
+    """
+
+    term: Pointwise = field(metadata={"static": True})
+    parameters: tuple[Any, ...] = ()
+    slope: Pointwise | None = field(default=None, metadata={"static": True})
+
+    def term_and_slope(self, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The term and its derivative with respect to ``log_q``, elementwise."""
+        if self.slope is not None:
+            return self.term(log_p, log_q, *self.parameters), self.slope(log_p, log_q, *self.parameters)
+        return jax.jvp(lambda x: self.term(log_p, x, *self.parameters), (log_q,), (jnp.ones_like(log_q),))
+
+    def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+        return jnp.sum(self.term(log_p, log_q, *self.parameters), axis=-1)
+
+
+def weigh(probability: jax.Array, x: jax.Array) -> jax.Array:
+    """``probability * x``, and 0 where the probability is 0 even if ``x`` is infinite or NaN."""
+    return jnp.where(probability == 0, 0, probability * x)
+
+
+def log_mixture_ratios(log_p: jax.Array, log_q: jax.Array, weight: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """``log(m / p)`` and ``log(m / q)`` for the mixture ``m = weight p + (1 - weight) q``.
+
+    Exact to rounding both near ``p = q`` and where one probability underflows: the logarithm is taken of the ratio to
+    the larger of the two, by `log1p` and `expm1` of their difference, and never of a probability.
+    """
+    both_zero = (log_p == -jnp.inf) & (log_q == -jnp.inf)
+    d = jnp.where(both_zero, 0, log_q - log_p)
+    # Not abs(d): its derivative at d = 0 is 0, and here it has to be that of one of the sides.
+    distance = jnp.where(d > 0, d, -d)
+    to_larger = jnp.log1p(jnp.where(d > 0, weight, 1 - weight) * jnp.expm1(-distance))
+    to_smaller = to_larger + distance
+    return jnp.where(d > 0, to_smaller, to_larger), jnp.where(d > 0, to_larger, to_smaller)
+
+
+def _parameter(name: str, value: ArrayLike, low: float, high: float, high_is_in: bool = True) -> Any:
+    """``value`` as a Python float where it is known now (and then in range), else as it is."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    number = float(value)  # type: ignore[arg-type]
+    if not (low <= number < high or (high_is_in and number == high)):
+        raise ValueError(f"`{name}` is {number:g}; give a number in [{low:g}, {high:g}{']' if high_is_in else ')'}")
+    return number
+
+
+def _forward_kl_term(log_p, log_q):
+    return weigh(jnp.exp(log_p), log_p - log_q)
+
+
+forward_kl = Divergence(_forward_kl_term)
+"""KL(P‖Q) = sum p (log p - log q), the usual distillation loss: the student covers all that the teacher does.
+
+Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), without its tau**2.
+"""
+
+
+def _reverse_kl_term(log_p, log_q):
+    return weigh(jnp.exp(log_q), log_q - log_p)
+
+
+reverse_kl = Divergence(_reverse_kl_term)
+"""KL(Q‖P) = sum q (log q - log p): the student seeks the teacher's modes. Infinite where p = 0 < q.
+
+Source: Gu et al., "MiniLLM" (arXiv 2306.08543).
+"""
+
+
+def _jensen_shannon_term(log_p, log_q, beta):
+    log_m_to_p, log_m_to_q = log_mixture_ratios(log_p, log_q, beta)
+    return -beta * weigh(jnp.exp(log_p), log_m_to_p) - (1 - beta) * weigh(jnp.exp(log_q), log_m_to_q)
+
+
+def _jensen_shannon_slope(log_p, log_q, beta):
+    _, log_m_to_q = log_mixture_ratios(log_p, log_q, beta)
+    return -(1 - beta) * weigh(jnp.exp(log_q), log_m_to_q)
+
+
+def jensen_shannon(beta: ArrayLike = 0.5) -> Divergence:
+    """The generalised Jensen-Shannon divergence, ``beta`` being the weight of the teacher.
+
+    JSD = beta KL(P‖M) + (1 - beta) KL(Q‖M), M = beta P + (1 - beta) Q; at most log 2.
+
+    ``beta=0`` is forward KL and ``beta=1`` reverse KL, as in GKD, TRL and Liger Kernel; the formula itself tends to 0
+    there, so the two ends are recognised when ``beta`` is known at tracing. A traced ``beta`` stays strictly inside.
+
+    Source: Agarwal et al., "On-Policy Distillation of Language Models" (GKD, arXiv 2306.13649).
+
+    Raises:
+      ValueError: ``beta`` is outside [0, 1].
+
+    >>> p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{jensen_shannon(0.5)(p, q):.6f} {forward_kl(p, q):.6f} {reverse_kl(p, q):.6f}")
+    0.033822 0.143841 0.130812
+    """
+    beta = _parameter("beta", beta, 0.0, 1.0)
+    if isinstance(beta, float) and beta in (0, 1):
+        return reverse_kl if beta else forward_kl
+    return Divergence(_jensen_shannon_term, (beta,), _jensen_shannon_slope)
+
+
+def _symmetric_kl_term(log_p, log_q, weight):
+    return weight * _forward_kl_term(log_p, log_q) + (1 - weight) * _reverse_kl_term(log_p, log_q)
+
+
+def symmetric_kl(weight: ArrayLike = 0.5) -> Divergence:
+    """weight KL(P‖Q) + (1 - weight) KL(Q‖P): half of Jeffreys' divergence at 0.5.
+
+    Source: Jeffreys, "An invariant form for the prior probability in estimation problems", 1946.
+
+    Raises:
+      ValueError: ``weight`` is outside [0, 1].
+
+    >>> p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{symmetric_kl(0.5)(p, q):.6f}")
+    0.137327
+    """
+    weight = _parameter("weight", weight, 0.0, 1.0)
+    if isinstance(weight, float) and weight in (0, 1):
+        return forward_kl if weight else reverse_kl
+    return Divergence(_symmetric_kl_term, (weight,))
+
+
+def _skew_kl_term(log_p, log_q, alpha):
+    return -weigh(jnp.exp(log_p), log_mixture_ratios(log_p, log_q, alpha)[0])
+
+
+def skew_kl(alpha: ArrayLike = 0.1) -> Divergence:
+    """KL(P‖alpha P + (1 - alpha) Q); ``alpha=0`` is forward KL. Finite wherever ``alpha > 0``: at most -log alpha.
+
+    Source: Ko et al., "DistiLLM" (arXiv 2402.03898).
+
+    Raises:
+      ValueError: ``alpha`` is outside [0, 1).
+
+    >>> p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{skew_kl(0.1)(p, q):.6f}")
+    0.113137
+    """
+    alpha = _parameter("alpha", alpha, 0.0, 1.0, high_is_in=False)
+    if isinstance(alpha, float) and alpha == 0:
+        return forward_kl
+    return Divergence(_skew_kl_term, (alpha,))
+
+
+def _total_variation_term(log_p, log_q):
+    return jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)) / 2
+
+
+total_variation = Divergence(_total_variation_term)
+"""1/2 sum |p - q|, at most 1; its slope is 0 where p = q.
+
+Source: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation" (arXiv 2307.15190).
+"""
+
+
+def _hellinger_term(log_p, log_q):
+    return jnp.square(jnp.exp(log_p / 2) - jnp.exp(log_q / 2)) / 2
+
+
+hellinger = Divergence(_hellinger_term)
+"""The squared Hellinger distance 1/2 sum (sqrt p - sqrt q)^2, at most 1.
+
+Source: Hellinger, "Neue Begründung der Theorie quadratischer Formen von unendlichvielen Veränderlichen", 1909.
+"""
+
+
+def _alpha_divergence_term(log_p, log_q, alpha):
+    # alpha p + (1 - alpha) q sums to 1; with it every term is >= 0 and small where p = q.
+    both_zero = (log_p == -jnp.inf) & (log_q == -jnp.inf)
+    product = jnp.where(both_zero, 0, jnp.exp(alpha * log_p + (1 - alpha) * log_q))
+    return (alpha * jnp.exp(log_p) + (1 - alpha) * jnp.exp(log_q) - product) / (alpha * (1 - alpha))
+
+
+def alpha_divergence(alpha: ArrayLike = 0.5) -> Divergence:
+    """Amari's alpha-divergence (1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)).
+
+    ``alpha=1`` is forward KL and ``alpha=0`` reverse KL, its limits, recognised when ``alpha`` is known at tracing; 0.5
+    is four times `hellinger`. Near the ends, and traced, it loses digits to the denominator.
+
+    Source: Amari, "Differential-Geometrical Methods in Statistics", 1985.
+
+    Raises:
+      ValueError: ``alpha`` is not finite.
+
+    >>> p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{alpha_divergence(0.5)(p, q):.6f} {hellinger(p, q):.6f} {total_variation(p, q):.6f}")
+    0.136297 0.034074 0.250000
+    """
+    alpha = _parameter("alpha", alpha, -jnp.inf, jnp.inf, high_is_in=False)
+    if isinstance(alpha, float) and alpha in (0, 1):
+        return forward_kl if alpha else reverse_kl
+    return Divergence(_alpha_divergence_term, (alpha,))
