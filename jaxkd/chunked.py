@@ -92,17 +92,22 @@ def _forward(chunk_size: int, *arguments: Any) -> tuple[Sums, Any]:
         _reject_gradient(name, argument)
     wanted = frozenset(name for name, leaf in vars(arguments[3]).items() if leaf is not None and leaf.perturbed)
     sums, gradients = _loop(chunk_size, num_chunks, order, loss, student, normalizer, wanted)
-    # Each gradient goes with an empty array: the backward pass needs its primal's type, and nothing else of the primal.
-    typed = {name: (g, jnp.zeros((0,), jnp.result_type(getattr(student, name)))) for name, g in gradients.items()}
-    return sums, replace(student, **{name: typed.get(name) for name in vars(student)})
+    # With each gradient goes an empty array of its primal's type, all that the backward pass needs of the primal. A
+    # field that was not wanted has an empty gradient: JAX expects the same tree whichever fields are differentiated.
+    nothing = jnp.zeros((0,))
+    residuals = {
+        name: None if x is None else (gradients.get(name, nothing), jnp.zeros((0,), jnp.result_type(x)))
+        for name, x in vars(student).items()
+    }
+    return sums, replace(student, **residuals)
 
 
-def _backward(chunk_size: int, residuals: Any, cotangents: Sums) -> tuple[Any, ...]:
+def _backward(chunk_size: int, residuals: Any, cotangents: dict[str, Any]) -> tuple[Any, ...]:
     upstream = cotangents["loss"]
     if isinstance(upstream, SymbolicZero):
         return None, None, None, None, None
     gradients = {
-        name: None if entry is None else (upstream * entry[0]).astype(entry[1].dtype)
+        name: None if entry is None or entry[0].shape == (0,) else (upstream * entry[0]).astype(entry[1].dtype)
         for name, entry in vars(residuals).items()
     }
     return None, None, None, replace(residuals, **gradients), None
@@ -153,7 +158,9 @@ def _loop(
     # With a Python number of chunks this is `jax.lax.scan`; when rows may be left out, their chunks are not run.
     trips = order.size // chunk_size if num_chunks is None else num_chunks
     carry = {name: jnp.zeros((), dtype) for name in loss.names}, {name: zeros(name) for name in sorted(wanted)}
-    sums, gradients = jax.lax.fori_loop(0, trips, chunk, carry)
+    if order.size:  # an empty batch has no row to trace with
+        carry = jax.lax.fori_loop(0, trips, chunk, carry)
+    sums, gradients = carry
     sums = {name: total * inverse for name, total in sums.items()}
     return sums, {name: g if name == student.ROWS else g * inverse for name, g in gradients.items()}
 

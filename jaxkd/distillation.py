@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxkd.checks import check_same_rows, check_scalar, check_size, check_source
 from jaxkd.chunked import default_chunk_size, sum_rows
 from jaxkd.divergences import Divergence, forward_kl, jensen_shannon
-from jaxkd.implementation import RowLosses, row_losses_for
+from jaxkd.implementation import Chunk, RowLosses, row_losses_for
 from jaxkd.logits import LinearLogits, Source, take_rows
 from jaxkd.rows import RowOptions
 
@@ -62,7 +62,8 @@ def distillation_loss(
       vocabulary: for models of different widths: "truncate" compares the common first columns, both sides renormalised
         over them; "mask" gives a side -inf where it has no token.
       chunk_size: rows whose logits exist at a time, at most; None chooses by the widths of the vocabularies.
-      implementation: "triton" (the GPU kernel), "xla", or None for the kernel where it can run and XLA elsewhere.
+      implementation: "mosaic" (the kernel for Hopper GPUs), "triton" (the kernel for CUDA GPUs), "xla", or None for the
+        first of these that can run the call.
 
     Temperature, weights, normalizer and the divergence's parameter may be traced. They are constants to
     differentiation: asking for their gradient raises an error.
@@ -250,7 +251,7 @@ def _distillation_loss(
     if chunk_size is None:
         chunk_size = default_chunk_size(num_rows, (student.vocabulary + teacher.vocabulary) * dtype.itemsize)
     chunk_size = max(min(chunk_size, num_rows), 1)
-    row_losses = row_losses_for(implementation, chunk_size, student.vocabulary, teacher.vocabulary, dtype)
+    row_losses = row_losses_for(implementation, Chunk(chunk_size, student.vocabulary, teacher.vocabulary, dtype))
 
     row_weights = jnp.ones(num_rows, dtype) if weights is None else jnp.reshape(jnp.asarray(weights, dtype), -1)
     if labels is None:

@@ -4,7 +4,9 @@
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -12,47 +14,85 @@ import jax.numpy as jnp
 
 from jaxkd import rows
 
-try:
-    from jaxkd import rows_triton
-except ImportError as error:  # Pallas' Triton backend is deprecated and will leave JAX
-    rows_triton = None  # type: ignore[assignment]
-    _missing = f"this JAX ({jax.__version__}) has no Pallas Triton backend ({error})"
-
-IMPLEMENTATIONS = (None, "xla", "triton")
-
 RowLosses = Callable[..., rows.RowResult]
 
+_kernels: dict[str, ModuleType] = {}
+_missing: dict[str, str] = {}
+try:
+    from jaxkd import rows_mosaic
 
-def row_losses_for(
-    implementation: str | None, chunk_size: int, student_width: int, teacher_width: int, dtype: jnp.dtype
-) -> RowLosses:
+    _kernels["mosaic"] = rows_mosaic
+except ImportError as error:  # its interface is not stable yet
+    _missing["mosaic"] = f"jax {jax.__version__} has no Pallas Mosaic GPU as this kernel needs it ({error})"
+try:
+    from jaxkd import rows_triton
+
+    _kernels["triton"] = rows_triton
+except ImportError as error:  # deprecated in JAX 0.11
+    _missing["triton"] = f"jax {jax.__version__} has no Pallas Triton backend ({error})"
+
+NAMES = (None, "xla", "triton", "mosaic")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The shape of the logits of a chunk, as far as it decides what can run."""
+
+    rows: int
+    student_width: int
+    teacher_width: int
+    dtype: jnp.dtype
+
+
+def row_losses_for(implementation: str | None, chunk: Chunk) -> RowLosses:
     """The function that computes the rows of a chunk.
 
     Raises:
       ValueError: an unknown name, or an implementation that cannot run this call, and why.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"`implementation` is {implementation!r}; give one of {IMPLEMENTATIONS}")
+    if implementation not in NAMES:
+        raise ValueError(f"`implementation` is {implementation!r}; give one of {NAMES}")
     if implementation == "xla":
         return rows.row_losses
-    obstacle = triton_obstacle(chunk_size, student_width, teacher_width, dtype)
-    if implementation == "triton":
-        if obstacle:
-            raise ValueError(f'`implementation="triton"` cannot run here: {obstacle}; use "xla" or None')
-        return rows_triton.row_losses
-    return rows.row_losses if obstacle else _triton_on_cuda
+    if implementation is None:
+        for name in ("mosaic", "triton"):
+            if target_platform() == "cuda" and not obstacle(name, chunk):
+                return _on_cuda[name]
+        return rows.row_losses
+    if reason := obstacle(implementation, chunk):
+        raise ValueError(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
+    return _kernels[implementation].row_losses
 
 
-def triton_obstacle(chunk_size: int, student_width: int, teacher_width: int, dtype: jnp.dtype) -> str | None:
-    """Why the Triton kernel cannot run a chunk, or None if it can."""
-    if rows_triton is None:
-        return _missing
-    if not rows_triton.INTERPRET and target_platform() != "cuda":
+def obstacle(implementation: str, chunk: Chunk) -> str | None:
+    """Why a kernel cannot run a chunk, or None if it can."""
+    if implementation in _missing:
+        return _missing[implementation]
+    kernel = _kernels[implementation]
+    if not getattr(kernel, "INTERPRET", False) and target_platform() != "cuda":
         return f"it needs a CUDA GPU and JAX computes on {target_platform()!r}"
-    if dtype != jnp.float32:
-        return f"its logits are float32 and these are {jnp.dtype(dtype).name}"
-    if chunk_size * max(student_width, teacher_width) >= 2**31:
-        return f"a chunk of {chunk_size} rows by {max(student_width, teacher_width)} columns needs 64-bit offsets"
+    if chunk.dtype != jnp.float32:
+        return f"its logits are float32 and these are {jnp.dtype(chunk.dtype).name}"
+    width = max(chunk.student_width, chunk.teacher_width)
+    if chunk.rows * width >= 2**31:
+        return f"a chunk of {chunk.rows} rows by {width} columns needs 64-bit offsets; give a smaller `chunk_size`"
+    return _mosaic_obstacle(chunk) if implementation == "mosaic" else None
+
+
+def _mosaic_obstacle(chunk: Chunk) -> str | None:
+    kernel, width = _kernels["mosaic"], chunk.student_width
+    if jax.__version_info__ < (0, 11):
+        return f"it is tested from jax 0.11 on and this is {jax.__version__}"
+    if not any(name in target_device() for name in ("H100", "H200")):
+        return f"it is tested on H100 and H200 and this is {target_device()!r}"
+    if chunk.teacher_width != width:
+        return f"the vocabularies differ in width ({width} and {chunk.teacher_width})"
+    if width % kernel.ALIGNMENT:
+        return f"V={width} is no multiple of {kernel.ALIGNMENT}, as its bulk copies need"
+    if kernel.last_part_width(width) <= 0:
+        return f"V={width} is too narrow to share between {kernel.PARTS} blocks"
+    if kernel.shared_memory(width) > kernel.SHARED_MEMORY:
+        return f"a row of V={width} does not fit the shared memory of a cluster"
     return None
 
 
@@ -65,13 +105,25 @@ def target_platform() -> str:
     return "cuda" if backend == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower() else backend
 
 
-def _triton_on_cuda(*arguments: Any) -> rows.RowResult:
+def target_device() -> str:
+    """The kind of device that is compiled for, such as "NVIDIA H100 80GB HBM3"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def _cuda_else_xla(name: str, *arguments: Any) -> rows.RowResult:
     """The kernel where the computation is compiled for CUDA, XLA where it is compiled for something else."""
     *arrays, options = arguments
     return jax.lax.platform_dependent(
-        *arrays, cuda=partial(_call, rows_triton.row_losses, options), default=partial(_call, rows.row_losses, options)
+        *arrays,
+        cuda=partial(_call, _kernels[name].row_losses, options),
+        default=partial(_call, rows.row_losses, options),
     )
 
 
 def _call(row_losses: RowLosses, options: rows.RowOptions, *arrays: Any) -> rows.RowResult:
     return row_losses(*arrays, options)
+
+
+# One object each: the functions are part of what `jax.jit` caches on.
+_on_cuda = {name: partial(_cuda_else_xla, name) for name in _kernels}

@@ -88,7 +88,7 @@ class LinearLogits:
         if not self._is_transformed:
             return product, self._product_pullback
 
-        def pullback(dlogits: Float[Array, "C V"], wanted: set[str]) -> Gradients:
+        def pullback(dlogits: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
             _, transform_pullback = jax.vjp(self._transform, product, self.bias, self.scale, self.softcap)
             dproduct, *rest = transform_pullback(dlogits)
             gradients = dict(zip(("bias", "scale", "softcap"), rest, strict=True))
@@ -111,7 +111,7 @@ class LinearLogits:
             z = softcap * jnp.tanh(z / softcap)
         return z
 
-    def _product_pullback(self, dproduct: Float[Array, "C V"], wanted: set[str]) -> Gradients:
+    def _product_pullback(self, dproduct: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
         """Both products run in the type of the hidden states, with the logits' gradient rounded to it."""
         scale = power_of_two_into_range(dproduct) if self.hidden.dtype == jnp.float16 else None
         d = dproduct if scale is None else dproduct * scale

@@ -52,17 +52,17 @@ def row_losses(
     z_q, z_p = align(student, teacher, options.vocabulary)
     if options.is_tempered:
         z_q, z_p = z_q / temperature, z_p / temperature
-    log_normalizer = jax.nn.logsumexp(z_q, axis=1)
-    log_q = z_q - log_normalizer[:, None]
-    log_p = z_p - jax.nn.logsumexp(z_p, axis=1)[:, None]
+    log_q, log_p = jax.nn.log_softmax(z_q), jax.nn.log_softmax(z_p)
     if options.gradient_dtype is None:
         term, slope = divergence.term(log_p, log_q, *divergence.parameters), None
     else:
         term, slope = divergence.term_and_slope(log_p, log_q)
     soft = jnp.maximum(jnp.sum(term, axis=1), 0)  # only rounding takes it below 0
-    if options.is_tempered or z_q.shape != student.shape:
-        log_normalizer = jax.nn.logsumexp(student, axis=1)
-    hard = hard_loss(student, log_normalizer, labels) if options.has_labels else jnp.zeros_like(soft)
+    hard = jnp.zeros_like(soft)
+    if options.has_labels:
+        same = not options.is_tempered and z_q.shape == student.shape
+        plain_log_q = log_q if same else jax.nn.log_softmax(student)
+        hard = -at_label(plain_log_q, labels)
     if slope is None:
         return soft, hard, None
 
@@ -71,7 +71,7 @@ def row_losses(
     d = jnp.where(scale == 0, 0, scale * d)[:, :width]
     d = jnp.pad(d, ((0, 0), (0, width - d.shape[1])))
     if options.has_labels:
-        d_hard = jnp.exp(student - log_normalizer[:, None]) - jax.nn.one_hot(labels, width, dtype=d.dtype)
+        d_hard = jnp.exp(plain_log_q) - jax.nn.one_hot(labels, width, dtype=d.dtype)
         d = d + jnp.where(hard_scale[:, None] == 0, 0, hard_scale[:, None] * d_hard)
     return soft, hard, d.astype(options.gradient_dtype)
 
@@ -86,9 +86,13 @@ def align(student: jax.Array, teacher: jax.Array, vocabulary: str) -> tuple[jax.
     return pad[0], pad[1]
 
 
+def at_label(x: Float[Array, "C V"], labels: Int[Array, " C"]) -> Float[Array, " C"]:
+    """The column of the label; a label outside the vocabulary has been answered by a NaN weight before."""
+    return jnp.take_along_axis(x, labels[:, None], axis=1, mode="clip")[:, 0]
+
+
 def hard_loss(
-    student: Float[Array, "C V"], log_normalizer: Float[Array, " C"], labels: Int[Array, " C"]
+    student: Float[Array, "C V"], top: Float[Array, " C"], log_total: Float[Array, " C"], labels: Int[Array, " C"]
 ) -> Float[Array, " C"]:
-    """Cross-entropy with the label; a label outside the vocabulary has been answered by a NaN weight before."""
-    z = jnp.take_along_axis(student, labels[:, None], axis=1, mode="clip")[:, 0]
-    return log_normalizer - z
+    """Cross-entropy with the label, from the row's largest logit and ``log sum exp(z - top)``."""
+    return log_total - (at_label(student, labels) - top)

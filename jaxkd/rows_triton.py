@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import Divergence
+from jaxkd.kernel_math import with_kernel_math
 from jaxkd.rows import RowOptions, RowResult, hard_loss
 
 # Knobs. Block size and warps change an H100's time by less than 10 %.
@@ -62,10 +63,16 @@ def _add_to_normalizer(z: jax.Array, state: tuple[jax.Array, jax.Array]) -> tupl
     return jnp.maximum(largest, z), jnp.where(d > 0, total * e + 1, total + e)
 
 
-def _log_normalizer(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+def _normalizer(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The row's largest logit and the logarithm of the sum of exp(z - it)."""
     largest, total = state
     top = jnp.max(largest)
-    return top + jnp.log(jnp.sum(total * jnp.exp(largest - top)))
+    return top, jnp.log(jnp.sum(total * jnp.exp(largest - top)))
+
+
+def _log_probability(z: jax.Array, normalizer: tuple[jax.Array, jax.Array]) -> jax.Array:
+    top, log_total = normalizer
+    return (z - top) - log_total  # in this order: exact where all logits are large
 
 
 def _kernel(
@@ -75,14 +82,14 @@ def _kernel(
     soft_scale_ref,
     hard_scale_ref,
     temperature_ref,
-    *refs,  # the divergence's parameters, then the outputs: soft (), log_normalizer (), gradient (V,) if wanted
+    *refs,  # the divergence's parameters, then the outputs: soft (), top (), log_total (), gradient (V,) if wanted
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]],
     num_parameters: int,
     options: RowOptions,
     block: int,
 ):
     parameters = [ref[...] for ref in refs[:num_parameters]]
-    soft_ref, log_normalizer_ref, *gradient_ref = refs[num_parameters:]
+    soft_ref, top_ref, log_total_ref, *gradient_ref = refs[num_parameters:]
     segments = _segments(student_ref.shape[0], teacher_ref.shape[0], options.vocabulary)
     inverse_temperature = 1 / temperature_ref[...]
     one_normalizer = not options.is_tempered and all(compared for *_, compared in segments)
@@ -115,14 +122,14 @@ def _kernel(
         student_state, teacher_state, plain_state = _sweep(
             segment, block, normalize, (student_state, teacher_state, plain_state)
         )
-    student_normalizer, teacher_normalizer = _log_normalizer(student_state), _log_normalizer(teacher_state)
-    plain_normalizer = student_normalizer if one_normalizer else _log_normalizer(plain_state)
-    log_normalizer_ref[...] = plain_normalizer
+    student_normalizer, teacher_normalizer = _normalizer(student_state), _normalizer(teacher_state)
+    plain_normalizer = student_normalizer if one_normalizer else _normalizer(plain_state)
+    top_ref[...], log_total_ref[...] = plain_normalizer
 
     def log_probabilities(at, mask, in_student, in_teacher):
-        log_q = load(student_ref, at, mask, in_student) * inverse_temperature - student_normalizer
-        log_p = load(teacher_ref, at, mask, in_teacher) * inverse_temperature - teacher_normalizer
-        return log_p, log_q
+        z_q = load(student_ref, at, mask, in_student) * inverse_temperature
+        z_p = load(teacher_ref, at, mask, in_teacher) * inverse_temperature
+        return _log_probability(z_p, teacher_normalizer), _log_probability(z_q, student_normalizer)
 
     # Pass 2: the loss and the sum of the slopes.
     term_sum, slope_sum = jnp.zeros((block,), jnp.float32), jnp.zeros((block,), jnp.float32)
@@ -156,7 +163,7 @@ def _kernel(
                 _, slope = term_and_slope(log_p, log_q, *parameters)
                 d = jnp.where(soft_scale == 0, 0, soft_scale * (slope - jnp.exp(log_q) * slope_total))
             if options.has_labels:
-                q = jnp.exp(load(student_ref, at, mask, True) - plain_normalizer)
+                q = jnp.exp(_log_probability(load(student_ref, at, mask, True), plain_normalizer))
                 one_hot = at + jnp.arange(block, dtype=jnp.int32) == label
                 d = d + jnp.where(hard_scale == 0, 0, hard_scale * jnp.where(one_hot, q - 1, q))
             plgpu.store(gradient_ref[0].at[pl.ds(at, block)], d.astype(gradient_ref[0].dtype), mask=mask)
@@ -190,15 +197,16 @@ def row_losses(
     each_row = pl.BlockSpec((None,), lambda i: (i,))
     everywhere = pl.BlockSpec((None,), lambda i: (0,))
     numbers = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    out_shape, out_specs = [numbers, numbers], [each_row, each_row]
+    out_shape, out_specs = [numbers] * 3, [each_row] * 3
     if options.gradient_dtype is not None:
         out_shape.append(jax.ShapeDtypeStruct((rows, width), options.gradient_dtype))
         out_specs.append(row(width))
 
+    @with_kernel_math
     def term_and_slope(log_p: jax.Array, log_q: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, jax.Array]:
         return Divergence(divergence.term, parameters, divergence.slope).term_and_slope(log_p, log_q)
 
-    soft, log_normalizer, *gradient = pl.pallas_call(
+    soft, top, log_total, *gradient = pl.pallas_call(
         partial(_kernel, term_and_slope=term_and_slope, num_parameters=len(parameters), options=options, block=block),
         grid=(rows,),
         in_specs=[row(width), row(teacher_width), each_row, each_row, each_row, everywhere]
@@ -217,7 +225,7 @@ def row_losses(
         jnp.reshape(temperature, (1,)),
         *parameters,
     )
-    hard = hard_loss(student, log_normalizer, labels) if options.has_labels else jnp.zeros_like(soft)
+    hard = hard_loss(student, top, log_total, labels) if options.has_labels else jnp.zeros_like(soft)
     return soft, hard, gradient[0] if gradient else None
 
 
