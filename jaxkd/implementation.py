@@ -97,18 +97,24 @@ def _mosaic_obstacle(chunk: Chunk) -> str | None:
 
 
 def target_platform() -> str:
-    """The platform that is compiled for: that of the abstract mesh in use, if it names one, else JAX's default."""
+    """The platform that is compiled for: that of the abstract mesh in use, if it names one, else of JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.platform
-    backend = jax.default_backend()
-    return "cuda" if backend == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower() else backend
+    device = _default_device()
+    is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    return "cuda" if is_cuda else device.platform
 
 
 def target_device() -> str:
     """The kind of device that is compiled for, such as "NVIDIA H100 80GB HBM3"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
+    return (device or _default_device()).device_kind
+
+
+def _default_device() -> jax.Device:
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
 def _cuda_else_xla(name: str, *arguments: Any) -> rows.RowResult:
