@@ -20,7 +20,7 @@ from jaxkd.logits import Gradients, Source
 Sums = dict[str, jax.Array]
 
 # The logits of a chunk, student and teacher together, take at most this many bytes unless `chunk_size` says otherwise.
-CHUNK_BYTES = 2**30
+CHUNK_BYTES = 2**31
 CHUNK_MULTIPLE = 128
 
 
@@ -42,8 +42,13 @@ class RowLoss(Protocol):
 
 
 def default_chunk_size(num_rows: int, bytes_per_row: int) -> int:
-    """Chunks of about equal size, as large as `CHUNK_BYTES` allows: each one more passes over the head's gradient."""
-    largest = max(CHUNK_BYTES // bytes_per_row // CHUNK_MULTIPLE * CHUNK_MULTIPLE, CHUNK_MULTIPLE)
+    """The power of two that `CHUNK_BYTES` allow, evened out over the rows there are.
+
+    A chunk more is a pass more over the head's gradient, and powers of two fill the tiles of a matrix product.
+    """
+    largest = CHUNK_MULTIPLE
+    while 2 * largest * bytes_per_row <= CHUNK_BYTES:
+        largest *= 2
     if num_rows <= largest:
         return max(num_rows, 1)
     rows = -(-num_rows // -(-num_rows // largest))
@@ -106,10 +111,12 @@ def _backward(chunk_size: int, residuals: Any, cotangents: dict[str, Any]) -> tu
     upstream = cotangents["loss"]
     if isinstance(upstream, SymbolicZero):
         return None, None, None, None, None
-    gradients = {
-        name: None if entry is None or entry[0].shape == (0,) else (upstream * entry[0]).astype(entry[1].dtype)
-        for name, entry in vars(residuals).items()
-    }
+
+    def finished(gradient: jax.Array, primal: jax.Array) -> jax.Array | None:
+        wanted = gradient.shape != (0,)
+        return (upstream * gradient.astype(upstream.dtype)).astype(primal.dtype) if wanted else None
+
+    gradients = {name: entry and finished(*entry) for name, entry in vars(residuals).items()}
     return None, None, None, replace(residuals, **gradients), None
 
 

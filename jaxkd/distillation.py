@@ -260,6 +260,8 @@ def _distillation_loss(
         counted = jnp.asarray(num_rows, dtype)
     else:
         row_labels = jnp.reshape(jnp.asarray(labels), -1)
+        if row_labels.dtype != jnp.int64:
+            row_labels = row_labels.astype(jnp.int32)  # from a narrow or unsigned type, so that V and -100 fit
         labelled = row_labels != ignore_index
         counted = jnp.sum(labelled, dtype=dtype)
         outside = labelled & ((row_labels < 0) | (row_labels >= student.vocabulary))

@@ -51,7 +51,7 @@ class LinearLogits:
     @property
     def dtype(self) -> jnp.dtype:
         """The type of the logits: never below float32."""
-        return jnp.promote_types(self.hidden.dtype, jnp.float32)
+        return logits_dtype(self.hidden)
 
     @property
     def gradient_dtype(self) -> jnp.dtype:
@@ -144,7 +144,7 @@ class Logits:
 
     @property
     def dtype(self) -> jnp.dtype:
-        return jnp.promote_types(self.values.dtype, jnp.float32)
+        return logits_dtype(self.values)
 
     @property
     def gradient_dtype(self) -> jnp.dtype:
@@ -167,6 +167,11 @@ class Logits:
 
 
 Source: TypeAlias = LinearLogits | Logits
+
+
+def logits_dtype(x: Any) -> jnp.dtype:
+    """float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if jnp.result_type(x) == jnp.float64 else jnp.float32)
 
 
 def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
