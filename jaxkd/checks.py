@@ -75,7 +75,8 @@ def check_same_rows(student: Source, teacher: Source, labels: Any, weights: Any,
 
 def check_scalar(name: str, value: Any, above: float | None = None, at_least: float | None = None) -> None:
     """A real scalar, finite and in range where its value is known."""
-    if isinstance(value, bool) or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.number):
+    is_number = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) and not isinstance(value, bool)
+    if not is_number or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.number):
         raise TypeError(f"`{name}` is {value!r}; give a number")
     known = known_value(value)
     if known is None:
@@ -86,9 +87,13 @@ def check_scalar(name: str, value: Any, above: float | None = None, at_least: fl
         raise ValueError(f"`{name}` is {known:g}; give a number of at least {at_least:g}")
 
 
-def check_size(name: str, value: Any) -> None:
+def check_integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"`{name}` is {value!r}; give a positive integer or None")
+        raise TypeError(f"`{name}` is {value!r}; give an integer")
+
+
+def check_size(name: str, value: Any) -> None:
+    check_integer(name, value)
     if value < 1:
         raise ValueError(f"`{name}` is {value}; give a positive integer or None")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.checks import check_same_rows, check_scalar, check_size, check_source
+from jaxkd.checks import check_integer, check_same_rows, check_scalar, check_size, check_source
 from jaxkd.chunked import default_chunk_size, sum_rows
 from jaxkd.divergences import Divergence, forward_kl, jensen_shannon
 from jaxkd.implementation import Chunk, RowLosses, row_losses_for
@@ -241,6 +241,7 @@ def _distillation_loss(
         check_scalar("normalizer", normalizer, above=0)
     if vocabulary not in ("truncate", "mask"):
         raise ValueError(f'`vocabulary` is {vocabulary!r}; give "truncate" or "mask"')
+    check_integer("ignore_index", ignore_index)
     if chunk_size is not None:
         check_size("chunk_size", chunk_size)
 

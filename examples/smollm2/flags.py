@@ -1,0 +1,117 @@
+"""The command line: flags, their defaults, and what is wrong with bad ones."""
+
+import argparse
+import os
+from pathlib import Path
+
+import jaxkd
+
+# Each divergence from the one parameter that it takes, or from None for its default.
+DIVERGENCES = {
+    "forward_kl": lambda _: jaxkd.forward_kl,
+    "reverse_kl": lambda _: jaxkd.reverse_kl,
+    "jensen_shannon": lambda beta: jaxkd.jensen_shannon(0.5 if beta is None else beta),
+    "symmetric_kl": lambda weight: jaxkd.symmetric_kl(0.5 if weight is None else weight),
+    "skew_kl": lambda alpha: jaxkd.skew_kl(0.1 if alpha is None else alpha),
+    "total_variation": lambda _: jaxkd.total_variation,
+    "hellinger": lambda _: jaxkd.hellinger,
+    "alpha_divergence": lambda alpha: jaxkd.alpha_divergence(0.5 if alpha is None else alpha),
+}
+PARAMETER_FREE = ("forward_kl", "reverse_kl", "total_variation", "hellinger")
+
+
+def number(kind, *, above=None, at_least=None, at_most=None):
+    """An argparse type: a number of ``kind`` within bounds, or an error that names them."""
+    bounds = [("above", above, lambda x: x > above), ("at least", at_least, lambda x: x >= at_least)]
+    bounds = [bound for bound in [*bounds, ("at most", at_most, lambda x: x <= at_most)] if bound[1] is not None]
+    wanted = f"{'a whole number' if kind is int else 'a number'} {' and '.join(f'{word} {x}' for word, x, _ in bounds)}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not all(holds(value) for _, _, holds in bounds) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
+
+
+def readable_file(text):
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return path
+
+
+def default_cache():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxkd"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parse(argv=None):
+    """The checked settings; a bad value ends the program with one line on stderr and status 2."""
+    count, share = number(int, at_least=1), number(float, at_least=0, at_most=1)
+    parser = Parser(
+        prog="python -m examples.distill_smollm2",
+        description="Distil SmolLM2-135M-Instruct into a Flax student with fewer layers, beside cross-entropy alone.",
+    )
+
+    def add(flag, *, help, default=None, **options):
+        shown = help if default is None else f"{help} (default: %(default)s)"
+        parser.add_argument(flag, default=default, help=shown, **options)
+
+    add("--teacher", metavar="NAME", help="a hub id or a folder; without it SmolLM2-135M-Instruct is fetched")
+    add("--text", metavar="FILE", nargs="+", type=readable_file, help="train on these; default: Python's documentation")
+    add("--out", metavar="FOLDER", type=Path, default=Path("runs/smollm2"), help="log, curves and checkpoints")
+    add(
+        "--cache",
+        metavar="FOLDER",
+        type=Path,
+        default=default_cache(),
+        help="the fetched teacher and its hidden states",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--student-layers", metavar="N", type=count, default=15, help="evenly spaced layers of the teacher to keep")
+    add("--divergence", choices=DIVERGENCES, default="jensen_shannon", help="the soft loss")
+    add("--beta", type=share, help="the parameter of jensen_shannon, symmetric_kl, skew_kl or alpha_divergence")
+    add("--temperature", metavar="T", type=number(float, above=0), default=1.0, help="divides the soft loss's logits")
+    add("--soft-weight", metavar="W", type=number(float, at_least=0), default=4.0, help="weight of the soft loss")
+    add("--hard-weight", metavar="W", type=number(float, at_least=0), default=1.0, help="weight of the cross-entropy")
+    add("--steps", metavar="N", type=count, default=80, help="steps of each arm")
+    add("--batch-size", metavar="B", type=count, default=2, help="windows a step")
+    add("--seq-len", metavar="T", type=number(int, at_least=2), default=128, help="tokens a window")
+    add("--train-windows", metavar="N", type=count, default=256, help="at most so many, seen again each epoch")
+    add("--held-out-windows", metavar="N", type=count, default=24, help="never trained on; all scores are on these")
+    add("--learning-rate", metavar="R", type=number(float, above=0), default=1e-3, help="its peak")
+    add("--seed", type=number(int, at_least=0), default=0, help="of the data order")
+    add(
+        "--chunk-size",
+        metavar="C",
+        type=count,
+        help="rows of logits at a time; default: 64 on a CPU, jaxkd's choice on a GPU",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), help="both models' products; default: bfloat16 on a GPU")
+    add("--device", choices=("cpu", "gpu"), help="default: the GPU where both frameworks have one")
+    add("--checkpoint-every", metavar="N", type=count, default=20, help="steps between checkpoints")
+    add("--eval-every", metavar="N", type=count, default=40, help="steps between points of the curves")
+    settings = parser.parse_args(argv)
+    if settings.beta is not None and settings.divergence in PARAMETER_FREE:
+        parser.error(f"argument --beta: {settings.divergence} has no parameter")
+    if settings.soft_weight == settings.hard_weight == 0:
+        parser.error("arguments --soft-weight, --hard-weight: both are 0, so there is nothing to train on")
+    return settings
+
+
+def lasting(settings):
+    """What a run must keep to be resumed: all but where things lie, how often they are saved and what feeds them.
+
+    The teacher and the text count by their contents, which have a fingerprint of their own.
+    """
+    passing = ("out", "cache", "resume", "checkpoint_every", "device", "text", "teacher")
+    return {key: value for key, value in vars(settings).items() if key not in passing}

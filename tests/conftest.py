@@ -1,0 +1,38 @@
+"""What every test shares: hypothesis without deadlines, GPU tests skipped without a GPU, the rest kept on the CPU."""
+
+import os
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile("jaxkd", deadline=None, derandomize="CI" in os.environ, database=None)
+hypothesis.settings.load_profile("jaxkd")
+
+
+def _has_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def pytest_collection_modifyitems(items):
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests and not _has_gpu():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _device(request):
+    """Everything but the GPU tests runs on the CPU, also where there is a GPU: the same numbers on every machine."""
+    if request.node.get_closest_marker("gpu") or not _has_gpu():
+        yield
+    else:
+        with jax.default_device(jax.devices("cpu")[0]):
+            yield
+
+
+@pytest.fixture
+def x64():
+    """float64 in JAX, for comparison with the float64 truth to many digits."""
+    with jax.enable_x64(True):
+        yield
