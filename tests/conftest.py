@@ -1,10 +1,15 @@
 """What every test shares: hypothesis without deadlines, GPU tests skipped without a GPU, the rest kept on the CPU."""
 
+import importlib.util
 import os
 
 import hypothesis
 import jax
 import pytest
+
+if importlib.util.find_spec("torch") is None:
+    with_torch = ("bench", "bridge", "distill", "parity", "reference", "torch")
+    collect_ignore_glob = ["*smollm2*.py", *(f"test_{name}*.py" for name in with_torch)]
 
 hypothesis.settings.register_profile("jaxkd", deadline=None, derandomize="CI" in os.environ, database=None)
 hypothesis.settings.load_profile("jaxkd")

@@ -1,0 +1,198 @@
+"""Loss, metrics and every gradient against the float64 truth: divergences by what the loss is asked for."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkd
+
+N, D, D_TEACHER, V = 23, 12, 9, 123
+LABELS = cases.some_labels(3, N, V)
+WEIGHTS = np.random.default_rng(4).uniform(0.2, 2, size=N)
+
+SETTINGS = {
+    "plain": {},
+    "tempered": {"temperature": 2.5},
+    "hard": {"labels": LABELS, "temperature": 0.7, "soft_weight": 0.3, "hard_weight": 0.7},
+    "weighted": {"labels": LABELS, "weights": WEIGHTS, "normalizer": 40.0, "hard_weight": 0.5, "temperature": 2.0},
+}
+
+
+def inputs(dtype, **head):
+    student = cases.head(0, N, D, V, **head).astype(dtype)
+    teacher = cases.head(1, N, D_TEACHER, V, **head).astype(dtype)
+    return student, teacher
+
+
+def compare(student, teacher, name, labels=None, *, loss, gradient, **options):
+    result = cases.value_and_grad(
+        student, teacher, labels, divergence=cases.DIVERGENCES[name].make(), chunk_size=8, **options
+    )
+    truth = cases.distillation(cases.twin(student), cases.twin(teacher), labels, divergence=name, **options)
+    cases.check(result, truth, loss=loss, gradient=gradient)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [(name, setting) for name in cases.ONE_OF_EACH for setting in SETTINGS]
+    + [(name, "hard") for name in cases.DIVERGENCES if name not in cases.ONE_OF_EACH],
+)
+def test_float64(name, setting, x64):
+    result = compare(*inputs(jnp.float64), name, **SETTINGS[setting], loss=1e-12, gradient=1e-11)
+    (loss, _), gradient = result
+    assert {x.dtype for x in jax.tree.leaves((loss, gradient))} == {jnp.dtype(jnp.float64)}
+
+
+@pytest.mark.parametrize("name", cases.ONE_OF_EACH)
+def test_float64_of_transformed_logits(name, x64):
+    student, teacher = inputs(jnp.float64, bias=True, scale=0.7, softcap=5.0)
+    compare(student, teacher, name, **SETTINGS["weighted"], loss=1e-12, gradient=1e-11)
+
+
+@pytest.mark.parametrize("setting", ["plain", "weighted"])
+@pytest.mark.parametrize("name", cases.ONE_OF_EACH)
+def test_float32(name, setting):
+    student, teacher = inputs(jnp.float32)
+    (loss, metrics), gradient = compare(student, teacher, name, **SETTINGS[setting], loss=3e-6, gradient=1e-5)
+    assert {x.dtype for x in jax.tree.leaves((loss, metrics, gradient))} == {jnp.dtype(jnp.float32)}
+    assert set(metrics) >= {"soft", "hard", "num_rows"}
+
+
+@pytest.mark.parametrize("field", ["hidden", "weight", "bias", "scale", "softcap"])
+def test_finite_differences_through_the_loss(field, x64):
+    """The library against itself, moved: needs no truth."""
+    student, teacher = inputs(jnp.float64, bias=True, scale=0.7, softcap=5.0)
+
+    def loss(x):
+        moved = {name: getattr(student, name) for name in ("hidden", "weight", "bias")}
+        transform = {"scale": student.scale, "softcap": student.softcap}
+        (transform if field in transform else moved)[field] = x
+        return jaxkd.distillation_loss(
+            jaxkd.LinearLogits(**moved, **transform),
+            teacher,
+            LABELS,
+            divergence=jaxkd.jensen_shannon(0.3),
+            temperature=1.5,
+            hard_weight=0.5,
+            chunk_size=8,
+        )[0]
+
+    x = getattr(student, field)
+    direction = np.random.default_rng(5).normal(size=x.shape)
+    step = 1e-5
+    difference = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+    slope = jnp.vdot(jax.grad(loss)(x), direction)
+    np.testing.assert_allclose(slope, difference, rtol=1e-7)
+
+
+FUSED = {
+    "plain": {},
+    "end": {"beta": 0.0},
+    "all": {
+        "labels": LABELS,
+        "beta": 0.7,
+        "temperature": 2.0,
+        "soft_weight": 0.3,
+        "hard_weight": 0.7,
+        "weights": WEIGHTS,
+        "normalizer": 30.0,
+        "chunk_size": 5,
+    },
+}
+
+
+@pytest.mark.parametrize(("setting", "biased"), [("plain", False), ("end", True), ("all", True)])
+def test_fused_linear_jsd_is_the_same_in_one_line(setting, biased):
+    student, teacher = inputs(jnp.float32, bias=biased)
+    options = dict(FUSED[setting])
+    labels, beta = options.pop("labels", None), options.pop("beta", 0.5)
+
+    def fused(hidden, weight, bias):
+        return jaxkd.fused_linear_jsd(
+            hidden,
+            weight,
+            teacher.hidden,
+            teacher.weight,
+            labels,
+            beta=beta,
+            student_bias=bias,
+            teacher_bias=teacher.bias,
+            **options,
+        )
+
+    arguments = (student.hidden, student.weight, student.bias)
+    (loss, metrics), gradients = jax.jit(jax.value_and_grad(fused, argnums=(0, 1, 2), has_aux=True))(*arguments)
+    (want, want_metrics), want_gradient = cases.value_and_grad(
+        student, teacher, labels, divergence=jaxkd.jensen_shannon(beta), **options
+    )
+    np.testing.assert_array_equal(loss, want)
+    assert metrics.keys() == want_metrics.keys()
+    for name, gradient in zip(("hidden", "weight", "bias"), gradients, strict=True):
+        if gradient is not None:
+            np.testing.assert_array_equal(gradient, getattr(want_gradient, name))
+
+
+def test_formed_logits():
+    student, teacher = (np.float32(x) for x in np.random.default_rng(0).normal(scale=3, size=(2, N, V)))
+    options = {"temperature": 1.5, "hard_weight": 0.5}
+    result = cases.value_and_grad(
+        jaxkd.Logits(student),
+        jaxkd.Logits(teacher),
+        LABELS,
+        divergence=jaxkd.reverse_kl,
+        chunk_size=8,
+        **options,
+    )
+    truth = cases.distillation(
+        student.astype(np.float64), teacher.astype(np.float64), LABELS, divergence="reverse_kl", **options
+    )
+    cases.check(result, truth, loss=3e-6, gradient=1e-5)
+
+
+def test_head_against_formed_logits():
+    """A student that hands over its head, a teacher of which only the logits exist."""
+    student, teacher = inputs(jnp.float32)
+    formed = jaxkd.Logits(jnp.asarray(cases.twin(teacher).logits, jnp.float32))
+    result = cases.value_and_grad(student, formed, LABELS, divergence=jaxkd.forward_kl, chunk_size=8)
+    truth = cases.distillation(cases.twin(student), cases.twin(teacher), LABELS, divergence="forward_kl")
+    cases.check(result, truth, loss=3e-6, gradient=1e-5)
+
+
+def test_forward_kl_is_the_default_divergence():
+    student, teacher = inputs(jnp.float32)
+    default, _ = jaxkd.distillation_loss(student, teacher)
+    named, _ = jaxkd.distillation_loss(student, teacher, divergence=jaxkd.forward_kl)
+    assert default == named
+
+
+def test_temperature_squared_is_not_multiplied_in():
+    """At a high temperature tau^2 KL tends to half the variance of the logits' difference, so KL falls as tau^-2."""
+    student, teacher = inputs(jnp.float32)
+    cold, hot = (float(jaxkd.distillation_loss(student, teacher, temperature=tau)[0]) for tau in (50.0, 100.0))
+    assert cold / hot == pytest.approx(4, rel=0.05)
+
+
+def test_outside_implementation():
+    torch = pytest.importorskip("torch")
+    student, teacher = inputs(jnp.float32, bias=True)
+    tau, labels = 2.0, torch.tensor(LABELS)
+    leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in (student.hidden, student.weight, student.bias)]
+    z = torch.nn.functional.linear(*leaves)
+    z_teacher = torch.nn.functional.linear(
+        *(torch.tensor(np.asarray(x)) for x in (teacher.hidden, teacher.weight, teacher.bias))
+    )
+    counted = labels != -100
+    log_p, log_q = (torch.log_softmax(x[counted] / tau, -1) for x in (z_teacher, z))
+    soft = torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    want = 0.3 * soft + 0.7 * torch.nn.functional.cross_entropy(z, labels, ignore_index=-100)
+    want.backward()
+
+    (loss, _), gradient = cases.value_and_grad(
+        student, teacher, LABELS, temperature=tau, soft_weight=0.3, hard_weight=0.7, chunk_size=8
+    )
+    np.testing.assert_allclose(loss, want.item(), rtol=1e-5)
+    for leaf, name in zip(leaves, ("hidden", "weight", "bias"), strict=True):
+        assert cases.relative_error(getattr(gradient, name), leaf.grad.numpy()) < 1e-5
