@@ -5,6 +5,7 @@ they have to be exact relative to their result, and `exp` and `log` elsewhere: r
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
+
+from jaxkd.divergences import Divergence
 
 NEAR = 0.25  # where the polynomials hold
 # Chebyshev fits there of expm1(x) / x and log1p(x) / x, from the constant up: 9e-8 and 1.4e-7 off at most.
@@ -46,6 +49,11 @@ def with_kernel_math(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(jaxpr, {}, *arguments))
 
     return replaced
+
+
+def term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A function of ``(log_p, log_q, *parameters)`` for a kernel, which has the parameters as scalars of its own."""
+    return with_kernel_math(lambda p, q, *parameters: replace(divergence, parameters=parameters).term_and_slope(p, q))
 
 
 def _evaluate(closed: ClosedJaxpr, known: dict[Any, Any], *arguments: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, vector
 from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import Divergence
-from jaxkd.kernel_math import with_kernel_math
+from jaxkd.kernel_math import term_and_slope_of
 from jaxkd.rows import RowOptions, RowResult, hard_loss
 
 # Knobs.
@@ -269,12 +269,14 @@ def row_losses(
         out_type.append(jax.ShapeDtypeStruct((rows * width,), options.gradient_dtype))
         own = plgpu.RefUnion(buffer, plgpu.SMEM(buffer.shape, options.gradient_dtype))
 
-    @with_kernel_math
-    def term_and_slope(log_p: jax.Array, log_q: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return Divergence(divergence.term, parameters, divergence.slope).term_and_slope(log_p, log_q)
-
     soft, top, log_total, *gradient = plgpu.kernel(
-        partial(_kernel, term_and_slope=term_and_slope, num_parameters=len(parameters), options=options, width=width),
+        partial(
+            _kernel,
+            term_and_slope=term_and_slope_of(divergence),
+            num_parameters=len(parameters),
+            options=options,
+            width=width,
+        ),
         out_type=out_type,
         scratch_types=[own, buffer, slot, slot, plgpu.Barrier(num_arrivals=2)],
         grid=(rows,),

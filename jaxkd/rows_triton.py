@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import Divergence
-from jaxkd.kernel_math import with_kernel_math
+from jaxkd.kernel_math import term_and_slope_of
 from jaxkd.rows import RowOptions, RowResult, hard_loss
 
 # Knobs. Block size and warps change an H100's time by less than 10 %.
@@ -202,12 +202,14 @@ def row_losses(
         out_shape.append(jax.ShapeDtypeStruct((rows, width), options.gradient_dtype))
         out_specs.append(row(width))
 
-    @with_kernel_math
-    def term_and_slope(log_p: jax.Array, log_q: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return Divergence(divergence.term, parameters, divergence.slope).term_and_slope(log_p, log_q)
-
     soft, top, log_total, *gradient = pl.pallas_call(
-        partial(_kernel, term_and_slope=term_and_slope, num_parameters=len(parameters), options=options, block=block),
+        partial(
+            _kernel,
+            term_and_slope=term_and_slope_of(divergence),
+            num_parameters=len(parameters),
+            options=options,
+            block=block,
+        ),
         grid=(rows,),
         in_specs=[row(width), row(teacher_width), each_row, each_row, each_row, everywhere]
         + [everywhere] * len(parameters),
