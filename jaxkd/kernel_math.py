@@ -1,7 +1,8 @@
-"""`expm1` and `log1p` for GPU kernels: the term of a divergence, traced, with these two replaced.
+"""The arithmetic that the GPU kernels share: log-probabilities, and the term of a divergence as a kernel evaluates it.
 
-Mosaic GPU has neither, and libdevice's cost more than the rest of a term. The ones here are a polynomial near 0, where
-they have to be exact relative to their result, and `exp` and `log` elsewhere: relative errors below 1e-6.
+In a term `expm1` and `log1p` are replaced: Mosaic GPU has neither, and libdevice's cost more than the rest of a term.
+The ones here are a polynomial near 0, where they have to be exact relative to their result, and `exp` and `log`
+elsewhere: relative errors below 1e-6.
 """
 
 from collections.abc import Callable
@@ -16,10 +17,18 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxkd.divergences import Divergence
 
+LOWEST = -1e38  # below every logit, yet finite, so that -inf minus it is -inf and not NaN
+
 NEAR = 0.25  # where the polynomials hold
 # Chebyshev fits there of expm1(x) / x and log1p(x) / x, from the constant up: 9e-8 and 1.4e-7 off at most.
 EXPM1 = (1.0, 0.499998302, 0.16666623, 0.0417753009, 0.00835195337)
 LOG1P = (0.999999985, -0.500003684, 0.333340907, -0.249533512, 0.199401399, -0.18127313, 0.157813577)
+
+
+def log_probability(z: jax.Array, normalizer: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Of a logit, given its row's largest one and ``log sum exp(z - largest)``."""
+    top, log_total = normalizer
+    return (z - top) - log_total  # in this order: exact where all logits are large
 
 
 def expm1(x: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, vector
 from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import Divergence
-from jaxkd.kernel_math import term_and_slope_of
+from jaxkd.kernel_math import LOWEST, log_probability, term_and_slope_of
 from jaxkd.rows import RowOptions, RowResult, hard_loss
 
 # Knobs.
@@ -29,8 +29,6 @@ STEP = 1024  # columns of a step: 8 a thread
 LANES = 128  # threads of a block: one warpgroup
 ALIGNMENT = 32  # columns: bulk copies are multiples of 128 bytes
 SHARED_MEMORY = 227 * 1024  # bytes of a block on Hopper
-
-LOWEST = -1e38  # below every logit, yet finite, so that -inf minus it is -inf and not NaN
 
 
 def part_width(width: int) -> int:
@@ -192,10 +190,6 @@ def _kernel(
         normalizers.append((top, jnp.log(jnp.sum(sums_ * jnp.exp(tops_ - top)) * (PARTS / LANES))))
     student_normalizer, teacher_normalizer = normalizers[:2]
     plain_normalizer = student_normalizer if one_normalizer else normalizers[2]
-
-    def log_probability(z: jax.Array, normalizer: tuple[jax.Array, jax.Array]) -> jax.Array:
-        top, log_total = normalizer
-        return (z - top) - log_total  # in this order: exact where all logits are large
 
     # Pass 2: the loss and the sum of the slopes; the slopes take the place of the teacher's logits.
     def add(at, sums):

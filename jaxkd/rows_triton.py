@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import Divergence
-from jaxkd.kernel_math import term_and_slope_of
+from jaxkd.kernel_math import LOWEST, log_probability, term_and_slope_of
 from jaxkd.rows import RowOptions, RowResult, hard_loss
 
 # Knobs. Block size and warps change an H100's time by less than 10 %.
@@ -23,9 +23,6 @@ BLOCK = 2048  # columns in flight, a power of two
 NUM_WARPS = 8
 NUM_STAGES = 2
 INTERPRET = False  # run the kernel as JAX operations on any device, to debug it
-
-# Below every logit, yet finite, so that -inf minus it is -inf and not NaN.
-LOWEST = -1e38
 
 # Device code. A `Segment` is a range of columns (start, stop, student has them, teacher has them, softly compared).
 Segment = tuple[int, int, bool, bool, bool]
@@ -68,11 +65,6 @@ def _normalizer(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Arra
     largest, total = state
     top = jnp.max(largest)
     return top, jnp.log(jnp.sum(total * jnp.exp(largest - top)))
-
-
-def _log_probability(z: jax.Array, normalizer: tuple[jax.Array, jax.Array]) -> jax.Array:
-    top, log_total = normalizer
-    return (z - top) - log_total  # in this order: exact where all logits are large
 
 
 def _kernel(
@@ -129,7 +121,7 @@ def _kernel(
     def log_probabilities(at, mask, in_student, in_teacher):
         z_q = load(student_ref, at, mask, in_student) * inverse_temperature
         z_p = load(teacher_ref, at, mask, in_teacher) * inverse_temperature
-        return _log_probability(z_p, teacher_normalizer), _log_probability(z_q, student_normalizer)
+        return log_probability(z_p, teacher_normalizer), log_probability(z_q, student_normalizer)
 
     # Pass 2: the loss and the sum of the slopes.
     term_sum, slope_sum = jnp.zeros((block,), jnp.float32), jnp.zeros((block,), jnp.float32)
@@ -163,7 +155,7 @@ def _kernel(
                 _, slope = term_and_slope(log_p, log_q, *parameters)
                 d = jnp.where(soft_scale == 0, 0, soft_scale * (slope - jnp.exp(log_q) * slope_total))
             if options.has_labels:
-                q = jnp.exp(_log_probability(load(student_ref, at, mask, True), plain_normalizer))
+                q = jnp.exp(log_probability(load(student_ref, at, mask, True), plain_normalizer))
                 one_hot = at + jnp.arange(block, dtype=jnp.int32) == label
                 d = d + jnp.where(hard_scale == 0, 0, hard_scale * jnp.where(one_hot, q - 1, q))
             plgpu.store(gradient_ref[0].at[pl.ds(at, block)], d.astype(gradient_ref[0].dtype), mask=mask)
