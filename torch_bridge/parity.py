@@ -6,8 +6,7 @@ temperature and chunk size meet in at least one (not the full product), and ever
 bfloat16 besides. For comparison the table shows the worst gradient error of the dense PyTorch loss in the case's own
 dtype and, where liger-kernel is installed and there is a GPU, of its two JSD losses.
 
-Gradient errors are relative in L2. Their bounds are the rounding of the results themselves with a margin: a bfloat16
-gradient whose every entry is rounded perfectly has an error of 1.7e-3.
+Gradient errors are relative in L2; `torch_bridge.comparison` has their bounds.
 """
 
 import argparse
@@ -34,9 +33,8 @@ import jaxkd.implementation
 from torch_bridge import liger, reference
 from torch_bridge.autograd import torch_loss
 from torch_bridge.cases import DIVERGENCES, Batch, Case, Loss, converging_cases, make_batch, pairwise_cases
+from torch_bridge.comparison import GRADIENT_BOUNDS, LOSS_BOUND, errors, loss_and_gradients
 
-LOSS_BOUND = 1e-5  # of |error| / max(|loss|, 0.1): logits and losses are float32 whatever the inputs are
-GRADIENT_BOUNDS = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 2e-3}
 # The slope of |p - q| jumps where p = q, and a token whose p and q agree to the rounding of float32 logits may take
 # either sign. Near convergence there are such tokens: moving the logits of that case by 3e-6 of themselves turns one
 # likely token over and moves the exact float64 gradient by 3.8e-2; moving them by 1e-6 moves nothing.
@@ -90,18 +88,18 @@ def measure(case: Case, device: str = "cpu", implementation: str | None = None) 
     row = Row(case)
     exact = _loss_and_gradients(_dense_loss, case, batch.to(torch.float64))
     try:
-        row.errors = _errors(_loss_and_gradients(jax_loss, case, batch), exact)
+        row.errors = errors(_loss_and_gradients(jax_loss, case, batch), exact)
     except Exception as error:  # a kernel that does not compile fails its row, not the table
         row.exception = f"{type(error).__name__}: {error}"
         row.refused = isinstance(error, ValueError) and "cannot run here" in str(error)
     peers = {"dense torch": _dense_loss} | {k: v for k, v in liger.losses().items() if liger.runs(k, case)}
     for name, loss in peers.items():
         try:
-            errors = _errors(_loss_and_gradients(loss, case, batch), exact)
+            found = errors(_loss_and_gradients(loss, case, batch), exact)
         except Exception:  # no verdict on us
             row.peers[name] = math.nan
         else:
-            row.peers[name] = max(error for key, error in errors.items() if key != "loss")
+            row.peers[name] = max(error for key, error in found.items() if key != "loss")
     return row
 
 
@@ -116,21 +114,8 @@ def _dense_loss(case: Case, batch: Batch) -> torch.Tensor:
 
 
 def _loss_and_gradients(loss: Loss, case: Case, batch: Batch) -> dict[str, torch.Tensor]:
-    tensors = {k: batch.student[k].detach().requires_grad_() for k in GRADIENTS if k in batch.student}
-    value = loss(case, batch._replace(student=batch.student | tensors))
-    gradients = torch.autograd.grad(value, list(tensors.values()))
-    return {"loss": value.detach(), **dict(zip(tensors, gradients, strict=True))}
-
-
-def _errors(results: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
-    errors = {}
-    for name, truth in exact.items():
-        if name == "loss":
-            same = bool(results[name] == truth)  # inf included
-            errors[name] = 0.0 if same else float(abs(results[name].double() - truth)) / max(abs(float(truth)), 0.1)
-        else:
-            errors[name] = float((results[name].double() - truth).norm() / truth.norm())
-    return errors
+    inputs = {k: batch.student[k] for k in GRADIENTS if k in batch.student}
+    return loss_and_gradients(lambda tensors: loss(case, batch._replace(student=batch.student | tensors)), inputs)
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
