@@ -13,6 +13,7 @@ Log-probabilities reach -inf (a masked token) and -200 (a token whose probabilit
 probability times an infinite logarithm the zero that it is in the limit, and a term at (-inf, -inf) must be 0.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+LN2 = math.log(2)
 Pointwise = Callable[..., jax.Array]
 
 
@@ -36,6 +38,10 @@ class Divergence:
       parameters: scalars handed to ``term``. They may be traced, so that a schedule drives them without recompiling.
       slope: ``d term / d log_q``, with the signature of ``term``, where a closed form is faster or safer than the one
         that `jax.jvp` derives.
+      kernel_form: ``(log2_p, log2_q, *parameters) -> (term, slope)`` from logarithms to the base 2, where there is a
+        form with less arithmetic. Its errors may be those of float32 logits, not relative to its results: it is for the
+        kernels, and not for float64.
+      slope_sum: the sum of the slopes over a row, where it is the same for all distributions.
 
     Called with log-probabilities of shape (..., V) it returns the divergence of each row, shape (...).
     """
@@ -43,6 +49,8 @@ class Divergence:
     term: Pointwise = field(metadata={"static": True})
     parameters: tuple[Any, ...] = ()
     slope: Pointwise | None = field(default=None, metadata={"static": True})
+    kernel_form: Callable[..., tuple[jax.Array, jax.Array]] | None = field(default=None, metadata={"static": True})
+    slope_sum: float | None = field(default=None, metadata={"static": True})
 
     def term_and_slope(self, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The term and its derivative with respect to ``log_q``, elementwise."""
@@ -88,7 +96,7 @@ def _forward_kl_term(log_p, log_q):
     return weigh(jnp.exp(log_p), log_p - log_q)
 
 
-forward_kl = Divergence(_forward_kl_term)
+forward_kl = Divergence(_forward_kl_term, slope_sum=-1.0)  # the slope is -p
 """KL(P‖Q) = sum p (log p - log q), the usual distillation loss: the student covers all that the teacher does.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), without its tau**2.
@@ -116,6 +124,15 @@ def _jensen_shannon_slope(log_p, log_q, beta):
     return -(1 - beta) * weigh(jnp.exp(log_q), log_m_to_q)
 
 
+def _jensen_shannon_kernel_form(log2_p, log2_q, beta):
+    # Probabilities below 2**-126 are 0 here and add nothing; a finite logarithm keeps 0 * inf out.
+    log2_p, log2_q = jnp.maximum(log2_p, -1e4), jnp.maximum(log2_q, -1e4)
+    p, q = jnp.exp2(log2_p), jnp.exp2(log2_q)
+    log2_m = jnp.log2(jnp.maximum(beta * p + (1 - beta) * q, 2.0**-126))
+    slope = ((1 - beta) * LN2) * (q * (log2_q - log2_m))
+    return (beta * LN2) * (p * (log2_p - log2_m)) + slope, slope
+
+
 def jensen_shannon(beta: ArrayLike = 0.5) -> Divergence:
     """The generalised Jensen-Shannon divergence, ``beta`` being the weight of the teacher.
 
@@ -136,7 +153,7 @@ def jensen_shannon(beta: ArrayLike = 0.5) -> Divergence:
     beta = _parameter("beta", beta, 0.0, 1.0)
     if isinstance(beta, float) and beta in (0, 1):
         return reverse_kl if beta else forward_kl
-    return Divergence(_jensen_shannon_term, (beta,), _jensen_shannon_slope)
+    return Divergence(_jensen_shannon_term, (beta,), _jensen_shannon_slope, _jensen_shannon_kernel_form)
 
 
 def _symmetric_kl_term(log_p, log_q, weight):

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from jaxkd.divergences import Divergence
+from jaxkd.divergences import LN2, Divergence
 
+LOG2E = 1 / LN2
 LOWEST = -1e38  # below every logit, yet finite, so that -inf minus it is -inf and not NaN
 
 NEAR = 0.25  # where the polynomials hold
@@ -63,6 +64,12 @@ def with_kernel_math(function: Callable[..., Any]) -> Callable[..., Any]:
 def term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """A function of ``(log_p, log_q, *parameters)`` for a kernel, which has the parameters as scalars of its own."""
     return with_kernel_math(lambda p, q, *parameters: replace(divergence, parameters=parameters).term_and_slope(p, q))
+
+
+def base_2_term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The same of logarithms to the base 2, by the divergence's form for kernels where it has one."""
+    term_and_slope = term_and_slope_of(divergence)
+    return divergence.kernel_form or (lambda p, q, *parameters: term_and_slope(p * LN2, q * LN2, *parameters))
 
 
 def _evaluate(closed: ClosedJaxpr, known: dict[Any, Any], *arguments: Any) -> list[Any]:

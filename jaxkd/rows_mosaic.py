@@ -2,9 +2,11 @@
 
 The twin of `jaxkd.rows.row_losses`, with its signature. A cluster of `PARTS` thread blocks takes one row: each block
 copies its part of the student's and the teacher's logits into shared memory and stays there for all passes; the blocks
-exchange a few sums through each other's shared memory (normalisers; then the loss and the sum of the slopes).
+send each other a few sums (normalisers; then the loss and the sum of the slopes). Logarithms are to the base 2, which
+the GPU has instructions for.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,13 +22,16 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, vector
 from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import Divergence
-from jaxkd.kernel_math import LOWEST, log_probability, term_and_slope_of
+from jaxkd.kernel_math import LN2, LOG2E, LOWEST, base_2_term_and_slope_of
 from jaxkd.rows import RowOptions, RowResult, hard_loss
 
 # Knobs.
 PARTS = 16  # blocks of a cluster: the most Hopper allows
 STEP = 1024  # columns of a step: 8 a thread
 LANES = 128  # threads of a block: one warpgroup
+WARP = 32
+WARPS = LANES // WARP
+SENDERS = PARTS * WARPS  # warps of a cluster
 ALIGNMENT = 32  # columns: bulk copies are multiples of 128 bytes
 SHARED_MEMORY = 227 * 1024  # bytes of a block on Hopper
 
@@ -42,68 +47,148 @@ def last_part_width(width: int) -> int:
 
 def shared_memory(width: int) -> int:
     """Bytes of shared memory of a block."""
-    return 2 * 4 * padded(part_width(width)) + 2 * 4 * LANES + 4096
+    return 2 * 4 * padded(part_width(width)) + 7 * 4 * SENDERS + 1024
 
 
 def padded(columns: int) -> int:
     return -(-columns // STEP) * STEP
 
 
-# Device code.
+# Device code. A "lane value" is an array of `LANES`, one element a thread; the four warps work without waiting for each
+# other, and a barrier stands where one reads what another wrote.
 STRIDED = plgpu.Layout.WG_STRIDED((STEP,), vec_size=4)
 SLOT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+LANE_VALUE = plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=SLOT)
+I32, F32 = ir.IntegerType.get_signless, ir.F32Type.get  # called inside: types need MLIR's context
 
 
-@plgpu.inline_mgpu()
-def _cluster_arrive(_):
-    """Tells the cluster that this thread is here, and makes its writes to shared memory seen."""
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+def _set_up(_, barriers):
+    """Makes the two barriers of `_exchange` ready, and tells the cluster so."""
+    for which in range(2):
+        nvvm.mbarrier_init(_barrier(barriers, which), mgpu.c(1, I32(32)), predicate=_is_first(_thread()))
+    _ptx("fence.mbarrier_init.release.cluster;", "", [])
     nvvm.cluster_arrive(aligned=True)
 
 
 @plgpu.inline_mgpu()
-def _cluster_arrive_relaxed(_):
-    """Tells the cluster that this thread is here, and nothing of its writes."""
-    nvvm.cluster_arrive_relaxed(aligned=True)
-
-
-@plgpu.inline_mgpu()
 def _cluster_wait(_):
-    """Waits for all threads of the cluster to arrive."""
+    """Waits for all threads of the cluster to have set up."""
     nvvm.cluster_wait(aligned=True)
 
 
-def _from_cluster(values: list[jax.Array], slot: Any) -> list[jax.Array]:
-    """Each of the scalars from all blocks of the cluster, in arrays of `LANES` that repeat the `PARTS` values in turn.
+@plgpu.inline_mgpu()
+def _block_barrier(_):
+    """Waits for all threads of the block."""
+    mgpu.warpgroup_barrier()
 
-    A block's slot holds the first value in lanes 0 to 15, the second in lanes 16 to 31, and so on.
+
+def _in_warp(x: jax.Array, combine: Callable[..., Any]) -> jax.Array:
+    """A lane value: what ``combine`` (`arith.addf` or `arith.maximumf`) makes of the elements of a warp."""
+    layout = STRIDED if x.shape == (STEP,) else SLOT
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=LANE_VALUE)
+    def reduce(_, x):
+        elements = [
+            vector.extract(register, [], [i])
+            for register in x.registers.flat
+            for i in range(ir.VectorType(register.type).shape[0])
+        ]
+        value = functools.reduce(combine, elements)
+        for distance in (16, 8, 4, 2, 1):
+            value = combine(value, mgpu.utils.shfl_bfly(value, distance))
+        return _lane_value(value)
+
+    return reduce(x)
+
+
+def _spread(x: jax.Array) -> jax.Array:
+    """A lane value as an array of `STEP`: each thread repeats its own."""
+
+    @plgpu.inline_mgpu(arg_types=(SLOT,), return_type=plgpu.ShapeDtypeStruct((STEP,), jnp.float32, layout=STRIDED))
+    def spread(_, x):
+        register = vector.broadcast(ir.VectorType.get((4,), F32()), vector.extract(x.registers.flat[0], [], [0]))
+        registers = np.array([register] * (STEP // (4 * LANES)), dtype=object)
+        layout = mgpu.WGStridedFragLayout((STEP,), vec_size=4)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return spread(x)
+
+
+def _exchange(values: list[jax.Array], slot: Any, barriers: Any, which: int) -> list[list[jax.Array]]:
+    """Each of the lane values from all `SENDERS` warps of the cluster, as lane values that have them once a warp.
+
+    Half of a warp sends one value to the `PARTS` blocks, the other half the next; a block's barrier counts the bytes
+    that have come.
     """
-    lane = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=SLOT)
-    packed = plgpu.layout_cast(jnp.full((LANES,), values[0], jnp.float32), SLOT)
-    for k, value in enumerate(values[1:], start=1):
-        packed = jnp.where(lane < k * PARTS, packed, value)
-    slot[...] = packed
-    _cluster_arrive()
-    _cluster_wait()
+    count = len(values)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=[plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=SLOT)] * len(values),
+        arg_types=(plgpu.RefType(), plgpu.RefType(), *[SLOT] * count),
+        return_type=[[LANE_VALUE] * (SENDERS // WARP)] * count,
     )
-    def gather(_, ref):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
-        part = arith.remui(thread, mgpu.c(PARTS, i32))
-        base = mgpu.utils.get_cluster_ptr(mgpu.utils.memref_ptr(ref), part)
-        arrays = []
-        for k in range(len(values)):
-            address = mgpu.utils.getelementptr(base, [k * PARTS], f32)
-            register = vector.broadcast(ir.VectorType.get((1,), f32), llvm.load(f32, address))
-            layout = mgpu.WGStridedFragLayout((LANES,), vec_size=1)
-            registers = np.array([register], dtype=object)
-            arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None))
-        return arrays
+    def exchange(_, slot, barriers, *values):
+        here, barrier, thread = mgpu.utils.memref_ptr(slot), _barrier(barriers, which), _thread()
+        bytes_to_come = mgpu.c(4 * SENDERS * count, I32(32))
+        nvvm.mbarrier_arrive_expect_tx(barrier, bytes_to_come, predicate=_is_first(thread))
 
-    return gather(slot)
+        def number(x: int) -> ir.Value:
+            return mgpu.c(x, I32(32))
+
+        lane, part = arith.remui(thread, number(WARP)), arith.remui(thread, number(PARTS))
+        own_part = arith.index_cast(I32(32), gpu.cluster_block_id(gpu.Dimension.x))
+        sender = arith.addi(arith.muli(own_part, number(WARPS)), arith.divui(thread, number(WARP)))
+        is_low = arith.cmpi(arith.CmpIPredicate.ult, lane, number(PARTS))
+        scalars = [vector.extract(x.registers.flat[0], [], [0]) for x in values]
+        for k in range(0, count, 2):
+            low, high = scalars[k], scalars[min(k + 1, count - 1)]
+            k_of_lane = arith.select(is_low, number(k), number(k + 1))
+            index = arith.addi(arith.muli(k_of_lane, number(SENDERS)), sender)
+            place = mgpu.utils.getelementptr(here, [index], F32())
+            _ptx(
+                "{ .reg .b32 place, barrier; "
+                "mapa.shared::cluster.u32 place, $1, $3; mapa.shared::cluster.u32 barrier, $2, $3; "
+                "@$0 st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [place], $4, [barrier]; }",
+                "b,r,r,r,f",
+                [
+                    arith.cmpi(arith.CmpIPredicate.ult, k_of_lane, number(count)),
+                    llvm.ptrtoint(I32(32), place),
+                    llvm.ptrtoint(I32(32), barrier),
+                    part,
+                    arith.select(is_low, low, high),
+                ],
+            )
+        nvvm.mbarrier_try_wait_parity(barrier, number(0), number(10_000_000))
+
+        def received(k: int, first: int) -> mgpu.FragmentedArray:
+            place = mgpu.utils.getelementptr(here, [arith.addi(lane, number(k * SENDERS + first))], F32())
+            return _lane_value(llvm.load(F32(), place, volatile_=True))  # volatile: stays behind the wait
+
+        return [[received(k, first) for first in range(0, SENDERS, WARP)] for k in range(count)]
+
+    return exchange(slot, barriers, *values)
+
+
+def _lane_value(value: ir.Value) -> mgpu.FragmentedArray:
+    register = vector.broadcast(ir.VectorType.get((1,), F32()), value)
+    layout = mgpu.WGStridedFragLayout((LANES,), vec_size=1)
+    return mgpu.FragmentedArray(_registers=np.array([register], dtype=object), _layout=layout, _is_signed=None)
+
+
+def _thread() -> ir.Value:
+    return arith.index_cast(I32(32), gpu.thread_id(gpu.Dimension.x))
+
+
+def _is_first(thread: ir.Value) -> ir.Value:
+    return arith.cmpi(arith.CmpIPredicate.eq, thread, mgpu.c(0, I32(32)))
+
+
+def _barrier(barriers: ir.Value, which: int) -> ir.Value:
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(barriers), [which], I32(64))
+
+
+def _ptx(code: str, constraints: str, arguments: list[ir.Value]) -> None:
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), arguments, code, constraints, has_side_effects=True)
 
 
 def _kernel(
@@ -115,6 +200,7 @@ def _kernel(
     temperature,
     *refs,
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]],
+    slope_sum: float | None,
     num_parameters: int,
     options: RowOptions,
     width: int,
@@ -122,7 +208,7 @@ def _kernel(
     has_gradient = options.gradient_dtype is not None
     parameter_refs, refs = refs[:num_parameters], refs[num_parameters:]
     soft_out, top_out, log_total_out, *gradient_out = refs[: 3 + has_gradient]
-    own, teachers, first_slot, second_slot, arrived = refs[3 + has_gradient :]
+    own, teachers, first_slot, second_slot, student_arrived, teacher_arrived, barriers = refs[3 + has_gradient :]
     if has_gradient:
         own, gradient = own
 
@@ -133,7 +219,7 @@ def _kernel(
     offset = row * width + start
 
     def copy_in(columns: int) -> None:
-        for source, target in ((student, own), (teacher, teachers)):
+        for source, target, arrived in ((student, own, student_arrived), (teacher, teachers, teacher_arrived)):
             # A promise that holds, and that makes it one bulk copy of any length.
             in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
             here = source.at[pl.ds(offset, columns)]
@@ -141,102 +227,136 @@ def _kernel(
 
     pl.when(is_last)(lambda: copy_in(last_columns))
     pl.when(~is_last)(lambda: copy_in(columns))
+    _set_up(barriers)
     inverse_temperature = 1 / temperature[0]
     parameters = [ref[0] for ref in parameter_refs]
-    plgpu.barrier_wait(arrived)
+
+    steps = padded(columns) // STEP
 
     def sweep(body: Callable[..., Any], carry: Any, first: int = 0) -> Any:
-        steps = padded(columns) // STEP
         return jax.lax.fori_loop(first, steps, lambda i, carry: body(i * STEP, carry), carry)
 
-    def load(ref: Any, at: jax.Array) -> jax.Array:
+    def load(ref: Any, at: jax.Array | int) -> jax.Array:
         return plgpu.load(ref.at[pl.ds(at, STEP)], layout=STRIDED)  # type: ignore[call-arg]  # jax 0.10 wants an index
 
     def zeros(value: float = 0.0) -> jax.Array:
         return plgpu.layout_cast(jnp.full((STEP,), value, jnp.float32), STRIDED)
 
-    def column(at: jax.Array) -> jax.Array:
+    def column(at: jax.Array | int) -> jax.Array:
         return at + plgpu.broadcasted_iota(jnp.int32, (STEP,), 0, layout=STRIDED)
 
     # What no column fills is -inf on both sides, where every term is 0: no pass needs a mask.
-    def fill(at, carry):
-        inside = column(at) < jnp.where(is_last, last_columns, columns)
-        for ref in (own, teachers):
+    def fill(ref: Any) -> None:
+        def step(at, carry):
+            inside = column(at) < jnp.where(is_last, last_columns, columns)
             ref[pl.ds(at, STEP)] = jnp.where(inside, load(ref, at), -jnp.inf)
-        return carry
+            return carry
 
-    sweep(fill, (), last_columns // STEP)
+        sweep(step, (), last_columns // STEP)
 
     # Pass 1: normalisers of student and teacher at the temperature, and of the student without it.
     one_normalizer = not options.is_tempered or not options.has_labels
+    tempered = inverse_temperature * LOG2E
+    scales = [tempered] if one_normalizer else [tempered, LOG2E]
 
-    def largest(at, tops):
-        return jnp.maximum(tops[0], load(own, at)), jnp.maximum(tops[1], load(teachers, at))
+    def normalizer_of_warp(ref: Any, scales: list[Any]) -> list[jax.Array]:
+        """The largest logit, and for each scale the sum of 2 ** ((z - largest) * scale)."""
+        top = _in_warp(sweep(lambda at, top: jnp.maximum(top, load(ref, at)), zeros(LOWEST)), arith.maximumf)
+        everywhere = _spread(top)
 
-    student_top, teacher_top = map(jnp.max, sweep(largest, (zeros(LOWEST), zeros(LOWEST))))
-    tops = [student_top * inverse_temperature, teacher_top * inverse_temperature, student_top]
+        def add(at, sums):
+            z = load(ref, at) - everywhere
+            return tuple(sum_ + jnp.exp2(z * scale) for sum_, scale in zip(sums, scales, strict=True))
 
-    def total(at, sums):
-        z_q, z_p = load(own, at), load(teachers, at)
-        exponents = z_q * inverse_temperature - tops[0], z_p * inverse_temperature - tops[1], z_q - tops[2]
-        return tuple(sum_ + jnp.exp(x) for sum_, x in zip(sums, exponents, strict=False))
+        return [top, *(_in_warp(x, arith.addf) for x in sweep(add, (zeros(),) * len(scales)))]
 
-    sums = sweep(total, (zeros(),) * (2 if one_normalizer else 3))
-    scalars = [x for top, sum_ in zip(tops, sums, strict=False) for x in (top, jnp.sum(sum_))]
-    everywhere = _from_cluster(scalars, first_slot)
-    normalizers = []
-    for tops_, sums_ in zip(everywhere[::2], everywhere[1::2], strict=True):
-        top = jnp.max(tops_)
-        normalizers.append((top, jnp.log(jnp.sum(sums_ * jnp.exp(tops_ - top)) * (PARTS / LANES))))
-    student_normalizer, teacher_normalizer = normalizers[:2]
-    plain_normalizer = student_normalizer if one_normalizer else normalizers[2]
+    def normalizer(tops: list[jax.Array], sums: list[jax.Array], scale: Any) -> tuple[jax.Array, jax.Array]:
+        """Of the row, from those of all warps; the second as a logarithm to the base 2."""
+        top = _in_warp(functools.reduce(jnp.maximum, tops), arith.maximumf)
+        total = sum(x * jnp.exp2((t - top) * scale) for t, x in zip(tops, sums, strict=True))
+        return top, jnp.log2(_in_warp(total, arith.addf))
 
-    # Pass 2: the loss and the sum of the slopes; the slopes take the place of the teacher's logits.
-    def add(at, sums):
-        log_q = log_probability(load(own, at) * inverse_temperature, student_normalizer)
-        log_p = log_probability(load(teachers, at) * inverse_temperature, teacher_normalizer)
-        term, slope = term_and_slope(log_p, log_q, *parameters)
-        if has_gradient:
-            teachers[pl.ds(at, STEP)] = slope
-        return sums[0] + term, sums[1] + slope
+    plgpu.barrier_wait(student_arrived)
+    fill(own)
+    student_sums = normalizer_of_warp(own, scales)
+    plgpu.barrier_wait(teacher_arrived)
+    fill(teachers)
+    teacher_sums = normalizer_of_warp(teachers, [tempered])
+    _cluster_wait()
+    tops, sums, *plain, teacher_tops, teacher_sums = _exchange([*student_sums, *teacher_sums], first_slot, barriers, 0)
+    student_normalizer = normalizer(tops, sums, tempered)
+    plain_normalizer = student_normalizer if one_normalizer else normalizer(tops, *plain, LOG2E)
+    student_spread, plain_spread, teacher_spread = (
+        tuple(map(_spread, x))
+        for x in (student_normalizer, plain_normalizer, normalizer(teacher_tops, teacher_sums, tempered))
+    )
 
-    sums = [jnp.sum(x) for x in sweep(add, (zeros(), zeros()))]
-    term_sum, slope_sum = [jnp.sum(x) * (PARTS / LANES) for x in _from_cluster(sums, second_slot)]
+    def log2_probability(z: jax.Array, normalizer: tuple[jax.Array, jax.Array], scale: Any) -> jax.Array:
+        return (z - normalizer[0]) * scale - normalizer[1]  # in this order: exact where all logits are large
 
-    _cluster_arrive_relaxed()
+    def term_and_slope_at(at: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        log_p = log2_probability(load(teachers, at), teacher_spread, tempered)
+        log_q = log2_probability(load(own, at), student_spread, tempered)
+        return term_and_slope(log_p, log_q, *parameters)
 
-    @pl.when(part == 0)
-    def _():
-        at = pl.ds(row * LANES, LANES)
-        soft_out[at] = jnp.full((LANES,), jnp.maximum(term_sum, 0.0), jnp.float32)
-        top_out[at] = jnp.full((LANES,), plain_normalizer[0], jnp.float32)
-        log_total_out[at] = jnp.full((LANES,), plain_normalizer[1], jnp.float32)
+    soft_scale, hard_scale = soft_scales[row] * inverse_temperature, hard_scales[row]
+    label = labels[row] - start
 
-    # Pass 3: the gradient, into the memory of the student's logits. A step writes where all have read.
-    if has_gradient:
-        soft_scale, hard_scale = soft_scales[row] * inverse_temperature, hard_scales[row]
-        label = labels[row] - start
+    def gradient_at(at: int, slope: jax.Array, slope_sum: jax.Array | float) -> jax.Array:
+        z = load(own, at)
+        q = jnp.exp2(log2_probability(z, student_spread, tempered))
+        d = jnp.where(soft_scale == 0, 0.0, soft_scale * (slope - q * slope_sum))
+        if options.has_labels:
+            if not one_normalizer:
+                q = jnp.exp2(log2_probability(z, plain_spread, LOG2E))
+            d += jnp.where(hard_scale == 0, 0.0, hard_scale * jnp.where(column(at) == label, q - 1, q))
+        return d.astype(options.gradient_dtype)
 
-        def write(at, carry):
-            z = load(own, at)
-            q = jnp.exp(log_probability(z * inverse_temperature, student_normalizer))
-            d = load(teachers, at) - q * slope_sum
-            d = jnp.where(soft_scale == 0, 0.0, d * soft_scale)
-            if options.has_labels:
-                q = jnp.exp(log_probability(z, plain_normalizer))
-                d += jnp.where(hard_scale == 0, 0.0, hard_scale * jnp.where(column(at) == label, q - 1, q))
-            gradient[pl.ds(at, STEP)] = d.astype(options.gradient_dtype)
-            return carry
+    def write(gradients: list[jax.Array]) -> None:
+        """Into the memory of the student's logits, when all have read them, and from there out."""
 
         def copy_out(columns: int) -> None:
             plgpu.copy_smem_to_gmem(gradient.at[pl.ds(0, columns)], gradient_out[0].at[pl.ds(offset, columns)])
 
-        sweep(write, ())
+        _block_barrier()
+        for i, values in enumerate(gradients):
+            gradient[pl.ds(i * STEP, STEP)] = values
         plgpu.commit_smem()
         pl.when(is_last)(lambda: copy_out(last_columns))
         pl.when(~is_last)(lambda: copy_out(columns))
+
+    # Pass 2: the loss and the sum of the slopes; the slopes take the place of the teacher's logits.
+    def add(at, sums):
+        term, slope = term_and_slope_at(at)
+        if has_gradient:
+            teachers[pl.ds(at, STEP)] = slope
+        return tuple(sum_ + x for sum_, x in zip(sums, (term, slope), strict=False))
+
+    if has_gradient and slope_sum is not None:  # no other pass is needed
+        gradients, sums = [], (zeros(),)
+        for i in range(steps):
+            term, slope = term_and_slope_at(i * STEP)
+            gradients.append(gradient_at(i * STEP, slope, slope_sum))
+            sums = (sums[0] + term,)
+        write(gradients)
+    else:
+        sums = sweep(add, (zeros(),) * (2 if has_gradient else 1))
+    received = _exchange([_in_warp(x, arith.addf) for x in sums], second_slot, barriers, 1)
+    term_sum, *slope_sums = [_in_warp(sum(x), arith.addf) for x in received]
+
+    @pl.when(part == 0)
+    def _():
+        at = pl.ds(row * LANES, LANES)
+        soft_out[at] = jnp.maximum(term_sum, 0.0)
+        top_out[at] = plain_normalizer[0]
+        log_total_out[at] = plain_normalizer[1] * LN2
+
+    # Pass 3: the gradient.
+    if slope_sums:
+        everywhere = _spread(slope_sums[0])
+        write([gradient_at(i * STEP, load(teachers, i * STEP), everywhere) for i in range(steps)])
+    if has_gradient:
         plgpu.wait_smem_to_gmem(0)
-    _cluster_wait()  # no block ends while another reads its slots
 
 
 # Host code.
@@ -256,7 +376,8 @@ def row_losses(
     rows, width = student.shape
     parameters = [jnp.asarray(x, jnp.float32).reshape(1) for x in divergence.parameters]
     buffer = plgpu.SMEM((padded(part_width(width)),), jnp.float32)
-    slot = plgpu.SMEM((LANES,), jnp.float32)
+    slots = [plgpu.SMEM((count * SENDERS,), jnp.float32) for count in (5, 2)]
+    arrived = plgpu.Barrier(num_arrivals=1)
     out_type = [jax.ShapeDtypeStruct((rows * LANES,), jnp.float32)] * 3
     own: Any = buffer
     if options.gradient_dtype is not None:
@@ -266,18 +387,24 @@ def row_losses(
     soft, top, log_total, *gradient = plgpu.kernel(
         partial(
             _kernel,
-            term_and_slope=term_and_slope_of(divergence),
+            term_and_slope=base_2_term_and_slope_of(divergence),
+            slope_sum=divergence.slope_sum,
             num_parameters=len(parameters),
             options=options,
             width=width,
         ),
         out_type=out_type,
-        scratch_types=[own, buffer, slot, slot, plgpu.Barrier(num_arrivals=2)],
+        scratch_types=[own, buffer, *slots, arrived, arrived, plgpu.SMEM((4,), jnp.uint32)],
         grid=(rows,),
         grid_names=("row",),
         cluster=(PARTS,),
         cluster_names=("part",),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+        ),
     )(
         student.reshape(-1),
         teacher.reshape(-1),

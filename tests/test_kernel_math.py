@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxkd
 from jaxkd import kernel_math
 
 
@@ -45,6 +46,46 @@ def test_terms_and_slopes_are_the_same(name):
     for got, want in zip(replaced, plain, strict=True):
         scale = np.max(np.where(np.isfinite(want), np.abs(want), 0))
         np.testing.assert_allclose(got, want, rtol=3e-6, atol=1e-7 * scale)
+
+
+@pytest.mark.parametrize("name", cases.DIVERGENCES)
+@pytest.mark.parametrize("gap", [3.0, 0.02])
+def test_base_2_forms_are_the_same(name, gap):
+    """To the rounding of float32 logits: 2e-6 of a probability times its logarithm."""
+    divergence = cases.DIVERGENCES[name].make()
+    rng = np.random.default_rng(0)
+    z = rng.normal(scale=4, size=1009)
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (z, z + gap * rng.normal(size=1009)))
+    log_p, log_q = log_p.at[:4].set(-jnp.inf), log_q.at[2:6].set(-jnp.inf)
+    form = kernel_math.base_2_term_and_slope_of(divergence)
+    got = jax.jit(form)(log_p / kernel_math.LN2, log_q / kernel_math.LN2, *divergence.parameters)
+    for x, want in zip(got, jax.jit(divergence.term_and_slope)(log_p, log_q), strict=True):
+        weight = jnp.where(jnp.isfinite(want), jnp.exp(jnp.maximum(log_p, log_q)), 0)
+        np.testing.assert_allclose(x, want, rtol=3e-6, atol=1e-37 + 4e-6 * np.max(weight))
+        np.testing.assert_array_less(jnp.abs(jnp.where(jnp.isfinite(want), x - want, 0)), 1e-12 + 4e-5 * weight)
+
+
+def test_kernel_form_of_probabilities_that_underflow():
+    """Nothing that is not a number comes out where both, or one, are below what float32 holds."""
+    log2 = jnp.array([-jnp.inf, -1e30, -200.0, -127.0, -1.0])
+    divergence = jaxkd.jensen_shannon(0.3)
+    term, slope = divergence.kernel_form(log2[:, None], log2[None, :], 0.3)
+    assert np.all(np.isfinite(term))
+    assert np.all(np.isfinite(slope))
+    assert np.all(np.asarray(term)[:3, :3] == 0)
+    np.testing.assert_allclose(term[4, 0], -0.3 * 0.5 * np.log(0.3), rtol=1e-6)
+    assert np.all(np.isnan(divergence.kernel_form(jnp.nan, log2, 0.3)[0]))
+
+
+def test_slope_sums():
+    """Where a divergence says what its slopes sum to, they do."""
+    rng = np.random.default_rng(0)
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(rng.normal(scale=3, size=(5, 1009)), jnp.float32)) for _ in range(2))
+    known = {name: case.make() for name, case in cases.DIVERGENCES.items() if case.make().slope_sum is not None}
+    assert "forward_kl" in known
+    for divergence in known.values():
+        _, slope = divergence.term_and_slope(log_p, log_q)
+        np.testing.assert_allclose(slope.sum(-1), divergence.slope_sum, rtol=1e-6)
 
 
 def test_replaces_them_at_any_depth():

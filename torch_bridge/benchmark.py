@@ -1,9 +1,10 @@
 """`python -m torch_bridge.benchmark`: time, memory and gradient error of jaxkd beside other ways to the same loss.
 
 One process, one device, the same arrays in memory for both libraries (DLPack, uncopied). Each contender is compiled and
-run once to take its memory and its errors against float64; then all of them run in turn, round after round, and the
-median of a contender's rounds counts. A GPU's speed drifts with power and temperature, so times are also given as
-multiples of the matrix products that the loss consists of, which run at the start of every round and after the last.
+run once to take its memory and its errors against float64; then all of them run in turn, round after round, twice each:
+the second run of a round is timed, and the median of a contender's rounds counts. A GPU's speed drifts with power and
+temperature, so times are also given as multiples of the matrix products that the loss consists of, which run at the
+start of every round and after the last.
 
 Teacher and student are 2 % apart, as near the end of training: there it shows whether a gradient is right. Errors are
 relative in L2. Memory is what a call needs beyond its inputs: the peak that PyTorch's allocator saw, or temporaries and
@@ -153,6 +154,7 @@ def _has_another_run(result: Result, settings: Settings) -> bool:
 
 def _time(result: Result, run: Run, counted: bool = True) -> None:
     with _failure_noted(result):
+        run()  # so that clocks and caches are as this contender leaves them, not the one before it
         start = time.perf_counter()
         run()
         if counted:
