@@ -14,7 +14,7 @@ def check_source(source: Any, prefix: str) -> None:
     if isinstance(source, LinearLogits):
         _check_linear(source, prefix)
     elif isinstance(source, Logits):
-        _check_floating(f"{prefix}values", source.values)
+        check_floating(f"{prefix}values", source.values)
         if source.values.ndim < 1:
             raise ValueError(f"`{prefix}values` is a scalar; give logits of shape (..., V)")
     else:
@@ -30,7 +30,7 @@ def _check_linear(source: LinearLogits, prefix: str) -> None:
     hidden, weight, bias = source.hidden, source.weight, source.bias
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if value is not None or name != "bias":
-            _check_floating(prefix + name, value)
+            check_floating(prefix + name, value)
     if weight.ndim != 2:
         raise ValueError(
             f"`{prefix}weight` has shape {weight.shape}; give (V, D), for a Flax kernel of (D, V) `kernel.T`"
@@ -53,24 +53,29 @@ def _check_linear(source: LinearLogits, prefix: str) -> None:
             check_scalar(f"{prefix}{name}", value, above=0 if name == "softcap" else None)
 
 
-def check_same_rows(student: Source, teacher: Source, labels: Any, weights: Any, names: tuple[str, str]) -> None:
-    """Leading axes of teacher, labels and weights against the student's; types of labels and weights."""
-    rows = student.leading_shape
-    if teacher.leading_shape != rows:
+def check_same_rows(student: Source, teacher: Any, names: tuple[str, str]) -> None:
+    """Leading axes of the teacher against the student's."""
+    if teacher.leading_shape != student.leading_shape:
         raise ValueError(
-            f"`{names[1]}` has leading shape {teacher.leading_shape} but `{names[0]}` has {rows}; give one row each"
+            f"`{names[1]}` has leading shape {teacher.leading_shape} but `{names[0]}` has {student.leading_shape}; "
+            "give one row each"
         )
-    if labels is not None:
-        if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-            raise TypeError(f"`labels` is {jnp.result_type(labels).name}; give integer token ids")
-        if jnp.shape(labels) != rows:
-            raise ValueError(f"`labels` has shape {jnp.shape(labels)} but `{names[0]}` has leading shape {rows}")
-    if weights is not None:
-        if jnp.shape(weights) != rows:
-            raise ValueError(f"`weights` has shape {jnp.shape(weights)} but `{names[0]}` has leading shape {rows}")
-        known = known_value(weights)
-        if known is not None and (known < 0).any():
-            raise ValueError(f"`weights` has a negative value ({known.min():g}); weights are at least 0")
+
+
+def check_labels(labels: Any, rows: tuple[int, ...], name: str) -> None:
+    """Integers of the shape ``rows``, which is that of the argument ``name``."""
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise TypeError(f"`labels` is {jnp.result_type(labels).name}; give integer token ids")
+    if jnp.shape(labels) != rows:
+        raise ValueError(f"`labels` has shape {jnp.shape(labels)} but `{name}` has leading shape {rows}")
+
+
+def check_weights(weights: Any, rows: tuple[int, ...], name: str) -> None:
+    if jnp.shape(weights) != rows:
+        raise ValueError(f"`weights` has shape {jnp.shape(weights)} but `{name}` has leading shape {rows}")
+    known = known_value(weights)
+    if known is not None and (known < 0).any():
+        raise ValueError(f"`weights` has a negative value ({known.min():g}); weights are at least 0")
 
 
 def check_scalar(name: str, value: Any, above: float | None = None, at_least: float | None = None) -> None:
@@ -103,7 +108,7 @@ def known_value(x: Any) -> np.ndarray | None:
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)
 
 
-def _check_floating(name: str, x: Any) -> None:
+def check_floating(name: str, x: Any) -> None:
     if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
         raise TypeError(f"`{name}` is a {type(x).__name__}; give an array")
     if not jnp.issubdtype(x.dtype, jnp.floating):

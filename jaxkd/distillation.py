@@ -1,29 +1,34 @@
 """The distillation losses: what users call, and the row loss that they hand to the loop."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.checks import check_integer, check_same_rows, check_scalar, check_size, check_source
-from jaxkd.chunked import default_chunk_size, sum_rows
-from jaxkd.divergences import Divergence, forward_kl, jensen_shannon
+from jaxkd.checks import check_same_rows, check_scalar, check_source
+from jaxkd.chunked import sum_rows
+from jaxkd.divergences import forward_kl, jensen_shannon
 from jaxkd.implementation import Chunk, RowLosses, row_losses_for
-from jaxkd.logits import LinearLogits, Source, take_rows
-from jaxkd.rows import RowOptions
+from jaxkd.logits import LinearLogits, Logits, Source, take_rows
+from jaxkd.row_arguments import check_row_arguments, count_rows, rows_of_chunk, weighted
+from jaxkd.row_divergences import AnyDivergence, check_divergence
+from jaxkd.rows import RowOptions, VocabularyShards
+from jaxkd.sharding import ROWS, Layout, Sharding, layout_of
+from jaxkd.teachers import Bucketed, Teacher, check_teacher, for_loop
 
 Metrics = dict[str, jax.Array]
 
 
 def distillation_loss(
     student: Source,
-    teacher: Source,
+    teacher: Teacher,
     labels: ArrayLike | None = None,
     *,
-    divergence: Divergence = forward_kl,
+    divergence: AnyDivergence = forward_kl,
     temperature: ArrayLike = 1.0,
     soft_weight: ArrayLike = 1.0,
     hard_weight: ArrayLike = 0.0,
@@ -33,6 +38,7 @@ def distillation_loss(
     vocabulary: str = "truncate",
     chunk_size: int | None = None,
     implementation: str | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Distils a teacher into a student without ever forming the (N, V) logits of either.
 
@@ -48,10 +54,13 @@ def distillation_loss(
 
     Args:
       student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`; gradients reach all its arrays.
-      teacher: the same with leading axes equal to the student's and a width of its own; no gradient ever reaches it.
+      teacher: the same with leading axes equal to the student's and a width of its own; or `TopKLogProbs`, what is kept
+        of a teacher that is not there; a `Mixture` of several; a `VocabularyMap`, of another tokenizer. No gradient
+        ever reaches it.
       labels: (...) integers, or None. One outside the student's vocabulary other than ``ignore_index`` makes the loss
         NaN.
-      divergence: `forward_kl`, `jensen_shannon(beta)`, ... or a `Divergence` of your own.
+      divergence: `forward_kl`, `jensen_shannon(beta)`, `earth_mover`, ... or a `Divergence` or `RowDivergence` of your
+        own.
       temperature: divides both models' logits in the soft loss. The loss is not multiplied by its square, as it is in
         Hinton's recipe: pass ``soft_weight=temperature**2 * w`` for that.
       soft_weight, hard_weight: the weights of the two parts; a non-zero ``hard_weight`` needs labels.
@@ -64,6 +73,8 @@ def distillation_loss(
       chunk_size: rows whose logits exist at a time, at most; None chooses by the widths of the vocabularies.
       implementation: "mosaic" (the kernel for Hopper GPUs), "triton" (the kernel for CUDA GPUs), "xla", or None for the
         first of these that can run the call.
+      sharding: a `Sharding` that says which axes of a device mesh hold the rows and the vocabulary, or None for one
+        device. ``chunk_size`` then counts the rows of each device.
 
     Temperature, weights, normalizer and the divergence's parameter may be traced. They are constants to
     differentiation: asking for their gradient raises an error.
@@ -100,6 +111,7 @@ def distillation_loss(
         vocabulary=vocabulary,
         chunk_size=chunk_size,
         implementation=implementation,
+        sharding=sharding,
     )
 
 
@@ -121,6 +133,7 @@ def fused_linear_jsd(
     normalizer: ArrayLike | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The generalised Jensen-Shannon distillation loss of two linear heads: `distillation_loss` in one line.
 
@@ -157,6 +170,7 @@ def fused_linear_jsd(
         vocabulary="truncate",
         chunk_size=chunk_size,
         implementation=implementation,
+        sharding=sharding,
     )
 
 
@@ -171,10 +185,11 @@ class _RowLoss:
     soft_weight: Any
     hard_weight: Any
     temperature: Any
-    divergence: Divergence
+    divergence: AnyDivergence
     row_losses: RowLosses = field(metadata={"static": True})
     options: RowOptions = field(metadata={"static": True})
     names = ("loss", "soft", "hard")
+    DIMS: ClassVar = {"labels": (ROWS,), "weights": (ROWS,)}
 
     def take(self, index: Int[Array, " C"]) -> "_RowLoss":
         return replace(
@@ -188,7 +203,7 @@ class _RowLoss:
         soft_scale, hard_scale = self.soft_weight * self.weights, self.hard_weight * self.weights
         soft, hard, gradient = self.row_losses(
             logits,
-            self.teacher.logits().astype(logits.dtype),
+            self.teacher if isinstance(self.teacher, Bucketed) else self.teacher.logits().astype(logits.dtype),
             self.labels,
             soft_scale,
             hard_scale,
@@ -197,25 +212,20 @@ class _RowLoss:
             replace(self.options, gradient_dtype=gradient_dtype),
         )
         sums = {
-            "loss": _scaled(soft_scale, soft) + _scaled(hard_scale, hard),
-            "soft": _scaled(self.weights, soft),
-            "hard": _scaled(self.weights, hard),
+            "loss": weighted(soft_scale, soft) + weighted(hard_scale, hard),
+            "soft": weighted(self.weights, soft),
+            "hard": weighted(self.weights, hard),
         }
         return sums, gradient
 
 
-def _scaled(scale: jax.Array, x: jax.Array) -> jax.Array:
-    """``scale * x``, and 0 where the scale is 0 whatever ``x`` is: what masks a row."""
-    return jnp.where(scale == 0, 0, scale * x)
-
-
 def _distillation_loss(
     student: Source,
-    teacher: Source,
+    teacher: Teacher,
     labels: Any,
     *,
     prefixes: tuple[str, str],
-    divergence: Divergence,
+    divergence: AnyDivergence,
     temperature: Any,
     soft_weight: Any,
     hard_weight: Any,
@@ -225,69 +235,114 @@ def _distillation_loss(
     vocabulary: str,
     chunk_size: int | None,
     implementation: str | None,
+    sharding: Sharding | None,
 ) -> tuple[jax.Array, Metrics]:
-    for source, prefix in ((student, prefixes[0]), (teacher, prefixes[1])):
-        check_source(source, prefix)
-    rows_names = [prefix + source.ROWS for source, prefix in ((student, prefixes[0]), (teacher, prefixes[1]))]
-    check_same_rows(student, teacher, labels, weights, (rows_names[0], rows_names[1]))
-    if not isinstance(divergence, Divergence):
-        raise TypeError(f"`divergence` is {divergence!r}; give a jaxkd.Divergence such as jaxkd.jensen_shannon(0.5)")
+    check_source(student, prefixes[0])
+    check_divergence(divergence)
     check_scalar("temperature", temperature, above=0)
+    check_teacher(teacher, prefixes[1], student, divergence, temperature)
+    rows_names = prefixes[0] + student.ROWS, prefixes[1] + teacher.ROWS
+    check_same_rows(student, teacher, rows_names)
+    check_row_arguments(
+        student,
+        rows_names[0],
+        labels=labels,
+        weights=weights,
+        normalizer=normalizer,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+    )
     check_scalar("soft_weight", soft_weight, at_least=0)
     check_scalar("hard_weight", hard_weight, at_least=0)
     if labels is None and not (isinstance(hard_weight, (int, float)) and hard_weight == 0):
         raise ValueError(f"`hard_weight` is {hard_weight} but there are no `labels`; give labels or leave it 0")
-    if normalizer is not None:
-        check_scalar("normalizer", normalizer, above=0)
     if vocabulary not in ("truncate", "mask"):
         raise ValueError(f'`vocabulary` is {vocabulary!r}; give "truncate" or "mask"')
-    check_integer("ignore_index", ignore_index)
-    if chunk_size is not None:
-        check_size("chunk_size", chunk_size)
 
-    teacher = jax.lax.stop_gradient(teacher)
-    student, teacher = student.flat(), teacher.flat().prepared()
-    dtype = student.dtype
-    num_rows = student.leading_shape[0]
-    if chunk_size is None:
-        chunk_size = default_chunk_size(num_rows, (student.vocabulary + teacher.vocabulary) * dtype.itemsize)
-    chunk_size = max(min(chunk_size, num_rows), 1)
-    row_losses = row_losses_for(implementation, Chunk(chunk_size, student.vocabulary, teacher.vocabulary, dtype))
+    layout = layout_of(sharding, len(student.leading_shape))
+    if layout.vocabulary and not isinstance(teacher, LinearLogits | Logits):
+        raise ValueError(
+            f"`sharding` splits the vocabulary, which a {type(teacher).__name__} as `teacher` does not support; leave "
+            "`vocabulary` out of `sharding` to split the rows"
+        )
+    teacher = for_loop(teacher, temperature)
+    layout.check(student, teacher)
+    function = partial(
+        _loss_of_arrays,
+        layout=layout,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        options=RowOptions(
+            vocabulary=vocabulary,
+            has_labels=labels is not None,
+            is_tempered=not (isinstance(temperature, (int, float)) and temperature == 1),
+        ),
+    )
+    arrays = student, teacher, labels, weights, normalizer, soft_weight, hard_weight, temperature, divergence
+    return layout.run(function, *arrays)
 
-    row_weights = jnp.ones(num_rows, dtype) if weights is None else jnp.reshape(jnp.asarray(weights, dtype), -1)
-    if labels is None:
-        row_labels = jnp.zeros(num_rows, jnp.int32)
-        labelled = None
-        counted = jnp.asarray(num_rows, dtype)
-    else:
-        row_labels = jnp.reshape(jnp.asarray(labels), -1)
-        if row_labels.dtype != jnp.int64:
-            row_labels = row_labels.astype(jnp.int32)  # from a narrow or unsigned type, so that V and -100 fit
-        labelled = row_labels != ignore_index
-        counted = jnp.sum(labelled, dtype=dtype)
-        outside = labelled & ((row_labels < 0) | (row_labels >= student.vocabulary))
-        row_weights = jnp.where(outside, jnp.nan, jnp.where(labelled, row_weights, 0))
-    total = jnp.sum(row_weights) if normalizer is None else jnp.asarray(normalizer, dtype)
+
+def _loss_of_arrays(
+    student: Source,
+    teacher: Any,
+    labels: Any,
+    weights: Any,
+    normalizer: Any,
+    soft_weight: Any,
+    hard_weight: Any,
+    temperature: Any,
+    divergence: AnyDivergence,
+    *,
+    layout: Layout,
+    ignore_index: int,
+    chunk_size: int | None,
+    implementation: str | None,
+    options: RowOptions,
+) -> tuple[jax.Array, Metrics]:
+    widths = layout.whole_width(student.vocabulary), layout.whole_width(teacher.vocabulary)
+    if layout.fills_up(student.leading_shape) and labels is None:
+        labels = jnp.zeros(student.leading_shape, jnp.int32)
+    if layout.vocabulary:
+        options = replace(options, shards=VocabularyShards(layout.vocabulary, *widths))
+    student, teacher = layout.flat(student, teacher, truncate=options.vocabulary == "truncate")
+    teacher, dtype = teacher.prepared(), student.dtype
+
+    chunk_size = rows_of_chunk(chunk_size, student, teacher, layout=layout)
+    chunk = Chunk(
+        layout.gather_size * chunk_size,
+        layout.local_width(student.vocabulary),
+        layout.local_width(teacher.vocabulary),
+        dtype,
+        is_shard=options.shards is not None,
+    )
+    row_losses = row_losses_for(implementation, chunk, divergence, in_buckets=isinstance(teacher, Bucketed))
+    rows = count_rows(
+        student,
+        layout.flat_rows(labels, fill=ignore_index),
+        layout.flat_rows(weights, fill=0),
+        normalizer,
+        ignore_index,
+        vocabulary=widths[0],
+        layout=layout,
+    )
     sums = sum_rows(
         _RowLoss(
             teacher=teacher,
-            labels=row_labels,
-            weights=row_weights,
+            labels=jnp.zeros_like(rows.weights, jnp.int32) if rows.labels is None else rows.labels,
+            weights=rows.weights,
             soft_weight=jnp.asarray(soft_weight, dtype),
             hard_weight=jnp.asarray(hard_weight, dtype),
             temperature=jnp.asarray(temperature, dtype),
             divergence=jax.tree.map(lambda x: jnp.asarray(x, dtype), divergence),
             row_losses=row_losses,
-            options=RowOptions(
-                vocabulary=vocabulary,
-                has_labels=labels is not None,
-                is_tempered=not (isinstance(temperature, (int, float)) and temperature == 1),
-            ),
+            options=options,
         ),
         student,
-        counts=None if labels is None and weights is None else row_weights != 0,
-        normalizer=total,
+        counts=rows.counts,
+        normalizer=rows.normalizer,
         chunk_size=chunk_size,
+        layout=layout,
     )
-    metrics = {"soft": sums["soft"], "hard": sums["hard"], "num_rows": counted}
+    metrics = {"soft": sums["soft"], "hard": sums["hard"], "num_rows": rows.num_rows}
     return sums["loss"], {name: jax.lax.stop_gradient(x).astype(jnp.float32) for name, x in metrics.items()}

@@ -12,7 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkd import rows
+from jaxkd import buckets, row_divergences, rows
+from jaxkd.divergences import forward_kl
+from jaxkd.row_divergences import AnyDivergence, RowDivergence
+from jaxkd.sharding import is_checked
 
 RowLosses = Callable[..., rows.RowResult]
 
@@ -42,18 +45,29 @@ class Chunk:
     student_width: int
     teacher_width: int
     dtype: jnp.dtype
+    is_shard: bool = False  # whether other devices have the other columns
 
 
-def row_losses_for(implementation: str | None, chunk: Chunk) -> RowLosses:
-    """The function that computes the rows of a chunk.
+def row_losses_for(
+    implementation: str | None, chunk: Chunk, divergence: AnyDivergence = forward_kl, in_buckets: bool = False
+) -> RowLosses:
+    """The function that computes the rows of a chunk; ``in_buckets`` if the teacher is of `jaxkd.buckets`.
 
     Raises:
       ValueError: an unknown name, or an implementation that cannot run this call, and why.
     """
     if implementation not in NAMES:
         raise ValueError(f"`implementation` is {implementation!r}; give one of {NAMES}")
-    if implementation == "xla":
-        return rows.row_losses
+    whole_rows = isinstance(divergence, RowDivergence)
+    if whole_rows and chunk.is_shard:
+        raise ValueError("`divergence` is a function of whole rows; leave `vocabulary` out of `sharding`")
+    only_xla = whole_rows or in_buckets
+    if implementation == "xla" or (only_xla and implementation is None):
+        return buckets.row_losses if in_buckets else xla_row_losses(divergence)
+    if only_xla:
+        other = "divergence is a function of whole rows" if whole_rows else "teacher is compared by buckets of tokens"
+        why = f"it sums a term of each token and this {other}"
+        raise ValueError(f'`implementation="{implementation}"` cannot run here: {why}; use "xla" or None')
     if implementation is None:
         for name in ("mosaic", "triton"):
             if target_platform() == "cuda" and not obstacle(name, chunk):
@@ -62,6 +76,10 @@ def row_losses_for(implementation: str | None, chunk: Chunk) -> RowLosses:
     if reason := obstacle(implementation, chunk):
         raise ValueError(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
     return _kernels[implementation].row_losses
+
+
+def xla_row_losses(divergence: AnyDivergence) -> RowLosses:
+    return row_divergences.row_losses if isinstance(divergence, RowDivergence) else rows.row_losses
 
 
 def obstacle(implementation: str, chunk: Chunk) -> str | None:
@@ -73,6 +91,10 @@ def obstacle(implementation: str, chunk: Chunk) -> str | None:
         return f"it needs a CUDA GPU and JAX computes on {target_platform()!r}"
     if chunk.dtype != jnp.float32:
         return f"its logits are float32 and these are {jnp.dtype(chunk.dtype).name}"
+    if chunk.is_shard:
+        return "it sums over the vocabulary of one device and here several share it"
+    if is_checked():
+        return "in a shard_map its results lack the types of `check_vma`; under jit alone, with `sharding`, it runs"
     width = max(chunk.student_width, chunk.teacher_width)
     if chunk.rows * width >= 2**31:
         return f"a chunk of {chunk.rows} rows by {width} columns needs 64-bit offsets; give a smaller `chunk_size`"
@@ -99,8 +121,8 @@ def _mosaic_obstacle(chunk: Chunk) -> str | None:
 def target_platform() -> str:
     """The platform that is compiled for: that of the abstract mesh in use, if it names one, else of JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform
+    if device is not None:  # a mesh of real GPUs says "gpu", whosever they are
+        return "cuda" if device.platform == "gpu" and device.device_kind.startswith("NVIDIA") else device.platform
     device = _default_device()
     is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
     return "cuda" if is_cuda else device.platform

@@ -1,6 +1,7 @@
 """Where logits come from: a head that is multiplied a chunk of rows at a time, or values that already exist.
 
-A source is a pytree. One of its arrays has a row for each token position (``ROWS``); the others serve all rows. The
+A source is a pytree. One of its arrays has a row for each token position (``ROWS``); the others serve all rows, and
+``DIMS`` says which axes of a flat source's arrays are rows and which the vocabulary, for `jaxkd.sharding`. The
 loop in `jaxkd.chunked` takes a chunk of rows from it, asks for their logits, and hands the gradient of the logits back.
 """
 
@@ -32,6 +33,7 @@ class LinearLogits:
     """
 
     ROWS: ClassVar[str] = "hidden"
+    DIMS: ClassVar = {"hidden": ("rows", None), "weight": ("vocabulary", None), "bias": ("vocabulary",)}
 
     hidden: Any
     weight: Any
@@ -131,6 +133,7 @@ class Logits:
     """Logits that already exist, of shape (..., V): from a model that cannot hand over its head, or from a file."""
 
     ROWS: ClassVar[str] = "values"
+    DIMS: ClassVar = {"values": ("rows", "vocabulary")}
 
     values: Any
 

@@ -273,8 +273,8 @@ def _kernel(
     def normalizer(tops: list[jax.Array], sums: list[jax.Array], scale: Any) -> tuple[jax.Array, jax.Array]:
         """Of the row, from those of all warps; the second as a logarithm to the base 2."""
         top = _in_warp(functools.reduce(jnp.maximum, tops), arith.maximumf)
-        total = sum(x * jnp.exp2((t - top) * scale) for t, x in zip(tops, sums, strict=True))
-        return top, jnp.log2(_in_warp(total, arith.addf))
+        shares = [x * jnp.exp2((t - top) * scale) for t, x in zip(tops, sums, strict=True)]
+        return top, jnp.log2(_in_warp(functools.reduce(jnp.add, shares), arith.addf))
 
     plgpu.barrier_wait(student_arrived)
     fill(own)
@@ -285,13 +285,13 @@ def _kernel(
     _cluster_wait()
     tops, sums, *plain, teacher_tops, teacher_sums = _exchange([*student_sums, *teacher_sums], first_slot, barriers, 0)
     student_normalizer = normalizer(tops, sums, tempered)
-    plain_normalizer = student_normalizer if one_normalizer else normalizer(tops, *plain, LOG2E)
+    plain_normalizer = student_normalizer if one_normalizer else normalizer(tops, plain[0], LOG2E)
     student_spread, plain_spread, teacher_spread = (
         tuple(map(_spread, x))
         for x in (student_normalizer, plain_normalizer, normalizer(teacher_tops, teacher_sums, tempered))
     )
 
-    def log2_probability(z: jax.Array, normalizer: tuple[jax.Array, jax.Array], scale: Any) -> jax.Array:
+    def log2_probability(z: jax.Array, normalizer: tuple[jax.Array, ...], scale: Any) -> jax.Array:
         return (z - normalizer[0]) * scale - normalizer[1]  # in this order: exact where all logits are large
 
     def term_and_slope_at(at: jax.Array | int) -> tuple[jax.Array, jax.Array]:
@@ -333,16 +333,17 @@ def _kernel(
         return tuple(sum_ + x for sum_, x in zip(sums, (term, slope), strict=False))
 
     if has_gradient and slope_sum is not None:  # no other pass is needed
-        gradients, sums = [], (zeros(),)
-        for i in range(steps):
-            term, slope = term_and_slope_at(i * STEP)
-            gradients.append(gradient_at(i * STEP, slope, slope_sum))
-            sums = (sums[0] + term,)
+        gradients, total = [], zeros()
+        for at in range(0, steps * STEP, STEP):
+            term, slope = term_and_slope_at(at)
+            gradients.append(gradient_at(at, slope, slope_sum))
+            total += term
         write(gradients)
+        totals = [total]
     else:
-        sums = sweep(add, (zeros(),) * (2 if has_gradient else 1))
-    received = _exchange([_in_warp(x, arith.addf) for x in sums], second_slot, barriers, 1)
-    term_sum, *slope_sums = [_in_warp(sum(x), arith.addf) for x in received]
+        totals = sweep(add, (zeros(),) * (2 if has_gradient else 1))
+    received = _exchange([_in_warp(x, arith.addf) for x in totals], second_slot, barriers, 1)
+    term_sum, *slope_sums = [_in_warp(functools.reduce(jnp.add, x), arith.addf) for x in received]
 
     @pl.when(part == 0)
     def _():
@@ -354,7 +355,7 @@ def _kernel(
     # Pass 3: the gradient.
     if slope_sums:
         everywhere = _spread(slope_sums[0])
-        write([gradient_at(i * STEP, load(teachers, i * STEP), everywhere) for i in range(steps)])
+        write([gradient_at(at, load(teachers, at), everywhere) for at in range(0, steps * STEP, STEP)])
     if has_gradient:
         plgpu.wait_smem_to_gmem(0)
 
