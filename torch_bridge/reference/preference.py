@@ -1,0 +1,306 @@
+"""The preference losses in plain PyTorch, from log-probabilities, each written out as its paper has it.
+
+Names, arguments and defaults are those of `jaxkd.preference`; every function returns the loss alone.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+Weights = Tensor | None
+Number = Tensor | float
+
+
+def _mean(losses: Tensor, weights: Weights, normalizer: Number | None, counts: Tensor | None = None) -> Tensor:
+    weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
+    kept = weights != 0
+    total = (weights if counts is None else weights * counts).sum() if normalizer is None else normalizer
+    return (weights[kept] * losses[kept]).sum() / total if kept.any() else losses[kept].sum()
+
+
+def _pair_loss(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of (B,) log-probabilities from a formula of the log-ratios ``a`` (chosen) and ``b`` (rejected)."""
+
+    def loss(
+        policy_chosen: Tensor,
+        policy_rejected: Tensor,
+        reference_chosen: Tensor,
+        reference_rejected: Tensor,
+        *,
+        beta: Number = 0.1,
+        weights: Weights = None,
+        normalizer: Number | None = None,
+        **parameters,
+    ) -> Tensor:
+        a, b = policy_chosen - reference_chosen.detach(), policy_rejected - reference_rejected.detach()
+        if "chosen_lengths" in parameters:
+            parameters["chosen_per_token"] = policy_chosen / parameters.pop("chosen_lengths")
+        return _mean(formula(a, b, beta, **parameters), weights, normalizer)
+
+    return loss
+
+
+@_pair_loss
+def dpo(a, b, beta):
+    return softplus(beta * b - beta * a)
+
+
+@_pair_loss
+def cdpo(a, b, beta, label_smoothing=0.1):
+    h = beta * (a - b)
+    return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
+
+
+@_pair_loss
+def robust(a, b, beta, label_smoothing=0.1):
+    h = beta * (a - b)
+    return (label_smoothing * logsigmoid(-h) - (1 - label_smoothing) * logsigmoid(h)) / (1 - 2 * label_smoothing)
+
+
+@_pair_loss
+def hinge(a, b, beta):
+    return torch.relu(1 - beta * (a - b))
+
+
+@_pair_loss
+def ipo(a, b, beta):
+    return (a - b - 1 / (2 * beta)) ** 2
+
+
+@_pair_loss
+def exo_pair(a, b, beta, label_smoothing=1e-3):
+    policy = torch.stack([beta * a, beta * b], -1).log_softmax(-1)
+    wanted = policy.new_tensor([1 - label_smoothing, label_smoothing])
+    return (policy.exp() * (policy - wanted.log())).sum(-1)
+
+
+@_pair_loss
+def discopop(a, b, beta, tau=0.05):
+    h = beta * (a - b)
+    gate = torch.sigmoid(h / tau)
+    return (1 - gate) * softplus(-h) + gate * torch.exp(-h)
+
+
+@_pair_loss
+def irpo(a, b, beta, chosen_per_token, alpha=1.0):
+    return softplus(beta * (b - a)) - alpha * chosen_per_token
+
+
+@_pair_loss
+def f_po(a, b, beta, divergence, label_smoothing=1e-3):
+    """``divergence`` is one of `torch_bridge.reference`, of (log_p, log_q)."""
+    policy = torch.stack([beta * a, beta * b], -1).log_softmax(-1)
+    wanted = policy.new_tensor([1 - label_smoothing, label_smoothing]).log().expand_as(policy)
+    return divergence(wanted, policy)
+
+
+@_pair_loss
+def nca_pair(a, b, beta):
+    return softplus(-beta * a) + 0.5 * softplus(beta * a) + 0.5 * softplus(beta * b)
+
+
+@_pair_loss
+def bco_pair(a, b, beta):
+    return softplus(-beta * a) + softplus(beta * b)
+
+
+@_pair_loss
+def sppo_hard(a, b, beta):
+    return (a - 0.5 / beta) ** 2 + (b + 0.5 / beta) ** 2
+
+
+@_pair_loss
+def apo_zero(a, b, beta):
+    return 1 - torch.sigmoid(beta * a) + torch.sigmoid(beta * b)
+
+
+@_pair_loss
+def apo_down(a, b, beta):
+    return torch.sigmoid(beta * a) + 1 - torch.sigmoid(beta * (a - b))
+
+
+def cpo(
+    policy_chosen,
+    policy_rejected,
+    *,
+    chosen_lengths,
+    beta=0.1,
+    alpha=1.0,
+    label_smoothing=0.0,
+    weights=None,
+    normalizer=None,
+):
+    h = beta * (policy_chosen - policy_rejected)
+    preference = (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
+    return _mean(preference - alpha * policy_chosen / chosen_lengths, weights, normalizer)
+
+
+def simpo(policy_chosen, policy_rejected, *, beta=0.1, gamma=0.5, label_smoothing=0.0, weights=None, normalizer=None):
+    return cpo_simpo(
+        policy_chosen,
+        policy_rejected,
+        beta=beta,
+        gamma=gamma,
+        alpha=0.0,
+        label_smoothing=label_smoothing,
+        weights=weights,
+        normalizer=normalizer,
+    )
+
+
+def cpo_simpo(
+    policy_chosen,
+    policy_rejected,
+    *,
+    beta=0.1,
+    gamma=0.5,
+    alpha=1.0,
+    label_smoothing=0.0,
+    weights=None,
+    normalizer=None,
+):
+    h = beta * (policy_chosen - policy_rejected) - gamma
+    preference = (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
+    return _mean(preference - alpha * policy_chosen, weights, normalizer)
+
+
+def orpo(policy_chosen, policy_rejected, *, beta=0.1, weights=None, normalizer=None):
+    odds = [log_prob.exp() / -torch.expm1(log_prob) for log_prob in (policy_chosen, policy_rejected)]
+    return _mean(-policy_chosen - beta * torch.log(odds[0] / (odds[0] + odds[1])), weights, normalizer)
+
+
+def kto(
+    policy,
+    reference,
+    is_desirable,
+    *,
+    beta=0.1,
+    desirable_weight=1.0,
+    undesirable_weight=1.0,
+    kl_log_ratios=None,
+    weights=None,
+    normalizer=None,
+):
+    log_ratio = policy - reference.detach()
+    kl = _mean(log_ratio, weights, None) if kl_log_ratios is None else torch.as_tensor(kl_log_ratios).mean()
+    gain = beta * (log_ratio - kl.detach().clamp(min=0))
+    desirable = desirable_weight * (1 - torch.sigmoid(gain))
+    return _mean(
+        torch.where(is_desirable, desirable, undesirable_weight * (1 - torch.sigmoid(-gain))), weights, normalizer
+    )
+
+
+def bco(policy, reference, is_desirable, *, beta=0.1, delta=None, weights=None, normalizer=None):
+    reward = beta * (policy - reference.detach())
+    if delta is None:
+        kinds = [is_desirable, ~is_desirable]
+        kinds = [kind for kind in kinds if weights is None or (weights[kind] != 0).any()]
+        delta = torch.stack(
+            [_mean(reward[kind], None if weights is None else weights[kind], None) for kind in kinds if kind.any()]
+        )
+        delta = delta.mean().detach()
+    return _mean(torch.where(is_desirable, softplus(delta - reward), softplus(reward - delta)), weights, normalizer)
+
+
+def _token_losses(policy, old, reference, advantages, mask, surrogate, beta) -> Tensor:
+    """``surrogate(log_ratio, advantages)`` plus beta times the KL estimate, 0 where the mask is: (B, T)."""
+    policy = policy.masked_fill(~mask, 0)
+    old = policy.detach() if old is None else old.masked_fill(~mask, 0)
+    losses = surrogate(policy - old.detach(), advantages[:, None])
+    if reference is not None:
+        d = reference.detach().masked_fill(~mask, 0) - policy
+        losses = losses + beta * (d.exp() - d - 1)
+    return losses.masked_fill(~mask, 0)
+
+
+def _clipped(epsilon_low, epsilon_high):
+    def surrogate(log_ratio, advantages):
+        ratio = log_ratio.exp()
+        return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)
+
+    return surrogate
+
+
+def grpo(
+    policy,
+    old,
+    reference,
+    advantages,
+    mask,
+    *,
+    beta=0.04,
+    epsilon_low=0.2,
+    epsilon_high=0.2,
+    weights=None,
+    normalizer=None,
+):
+    losses = _token_losses(policy, old, reference, advantages, mask, _clipped(epsilon_low, epsilon_high), beta)
+    return _mean(losses.sum(1) / mask.sum(1).clamp(min=1), weights, normalizer)
+
+
+def dr_grpo(
+    policy,
+    old,
+    reference,
+    advantages,
+    mask,
+    *,
+    max_length,
+    beta=0.04,
+    epsilon_low=0.2,
+    epsilon_high=0.2,
+    weights=None,
+    normalizer=None,
+):
+    losses = _token_losses(policy, old, reference, advantages, mask, _clipped(epsilon_low, epsilon_high), beta)
+    return _mean(losses.sum(1) / max_length, weights, normalizer)
+
+
+def dapo(
+    policy,
+    old,
+    reference,
+    advantages,
+    mask,
+    *,
+    beta=0.04,
+    epsilon_low=0.2,
+    epsilon_high=0.28,
+    weights=None,
+    normalizer=None,
+):
+    losses = _token_losses(policy, old, reference, advantages, mask, _clipped(epsilon_low, epsilon_high), beta)
+    return _mean(losses.sum(1), weights, normalizer, counts=mask.sum(1))
+
+
+def gspo(
+    policy,
+    old,
+    reference,
+    advantages,
+    mask,
+    *,
+    beta=0.04,
+    epsilon_low=3e-4,
+    epsilon_high=4e-4,
+    weights=None,
+    normalizer=None,
+):
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)
+
+    def surrogate(log_ratio, advantages):
+        one_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)
+        return _clipped(epsilon_low, epsilon_high)(one_ratio, advantages)
+
+    losses = _token_losses(policy, old, reference, advantages, mask, surrogate, beta)
+    return _mean((losses / lengths).sum(1), weights, normalizer)
+
+
+def cispo(policy, old, reference, advantages, mask, *, beta=0.04, max_ratio=5.0, weights=None, normalizer=None):
+    def surrogate(log_ratio, advantages):
+        return -log_ratio.exp().clamp(max=max_ratio).detach() * advantages * policy.masked_fill(~mask, 0)
+
+    losses = _token_losses(policy, old, reference, advantages, mask, surrogate, beta)
+    return _mean(losses.sum(1), weights, normalizer, counts=mask.sum(1))
