@@ -14,12 +14,14 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars; ours are rich's
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX leaves PyTorch a quarter of the GPU
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from flax import nnx
 from rich.console import Console
@@ -28,7 +30,7 @@ from rich.progress import track
 from examples.smollm2 import flags, report, run_folder, teacher, text, training
 from examples.smollm2.memory import loss_memory
 from examples.smollm2.model import student_from_teacher
-from torch_bridge import to_jax
+from torch_bridge.fingerprints import model_fingerprint
 
 TEACHER, PRUNED, CROSS_ENTROPY, DISTILLATION = "teacher", "pruned, untrained", "cross-entropy alone", "distillation"
 LARGE_BATCH = 8192  # tokens, for the table of memory: the loss is compiled at this size, not run
@@ -60,7 +62,7 @@ def run(settings, device, console):
     identity = flags.lasting(settings) | {"dtype": dtype}
     run_folder.check(folder, identity, resume=settings.resume)
 
-    # The teacher is PyTorch's. It reads the text once and hands over hidden states, never logits.
+    # The teacher is PyTorch's. It hands over hidden states and its head, never logits.
     with console.status("opening the teacher"):
         torch_model, tokenizer = teacher.open_teacher(
             settings.teacher,
@@ -70,28 +72,23 @@ def run(settings, device, console):
             say=console.print,
         )
     parts = split_text(settings, tokenizer, torch_model.config)
-    teacher_name = teacher.fingerprint(torch_model)
+    teacher_name = model_fingerprint(torch_model)
     identity |= {"teacher_sha256": teacher_name, "text_sha256": text.fingerprint(*parts)}
     run_folder.check(folder, identity, resume=settings.resume)
-    held_out, train = (
-        (
-            windows[:, :-1],
-            windows[:, 1:],
-            teacher.hidden_states(
-                torch_model,
-                teacher_name,
-                windows[:, :-1],
-                settings.cache,
-                progress=lambda batches: track(batches, "the teacher reads", console=console, transient=True),
-            ),
+    windows, num_held_out, num_train = np.concatenate(parts), *map(len, parts)
+    if settings.live_teacher:
+        source = teacher.Live(torch_model, windows)
+    else:
+        progress = partial(track, description="the teacher reads", console=console, transient=True)
+        source = teacher.cached(
+            torch_model, tokenizer, windows, settings.cache, name=teacher_name, dtype=dtype, progress=progress
         )
-        for windows in parts
-    )
-    console.print(f"{held_out[0].size} tokens held out, {train[0].size} to train on")
+    (held_out,) = source.batches([np.arange(num_held_out)])
+    console.print(f"{held_out.tokens.size} tokens held out, {num_train * settings.seq_len} to train on")
 
     # The rest is JAX's.
     graphdef, start = nnx.split(student_from_teacher(torch_model, settings.student_layers, dtype))
-    teacher_head = to_jax(torch_model.lm_head.weight)
+    teacher_head = held_out.teacher.weight
     del torch_model
     torch.cuda.empty_cache()
     loss_options = {
@@ -103,10 +100,6 @@ def run(settings, device, console):
     train_step = training.make_train_step(graphdef, optimizer, **loss_options)
     evaluate = training.make_evaluate(graphdef)
 
-    def batch(part, chosen=slice(None)):
-        tokens, labels, hidden = part
-        return tokens[chosen], labels[chosen], jnp.asarray(hidden[chosen], dtype)
-
     def fresh_state():
         params = jax.tree.map(jnp.copy, start)
         state = {"params": params, "opt_state": optimizer.init(params)}
@@ -116,12 +109,11 @@ def run(settings, device, console):
     checkpoints = run_folder.open_checkpoints(folder / "checkpoints")
     position = checkpoints.latest_step()  # steps done, over both arms
     log = run_folder.Log(folder / "log.jsonl", upto=-1 if position is None else position)
-    held_out = batch(held_out)
     if position is None:
         position = 0
         with console.status("scoring the teacher and the student before training"):
-            log.write("held_out", 0, model=TEACHER, step=0, **training.evaluate_teacher(held_out, teacher_head))
-            log.write("held_out", 0, model=PRUNED, step=0, **evaluate(start, held_out, teacher_head))
+            log.write("held_out", 0, model=TEACHER, step=0, **training.evaluate_teacher(held_out))
+            log.write("held_out", 0, model=PRUNED, step=0, **evaluate(start, held_out))
             heads = start["embed"]["embedding"][...], teacher_head
             for num_rows in (settings.batch_size * settings.seq_len, LARGE_BATCH):
                 sizes = loss_memory(num_rows, *heads, dtype=dtype, **loss_options)
@@ -139,18 +131,22 @@ def run(settings, device, console):
             if position > arm_start:
                 state = run_folder.restore(checkpoints, position, state)
             task = bar.add_task(arm, total=steps, completed=position - arm_start, note="compiling")
-            for step in range(position - arm_start + 1, steps + 1):
+            steps_left = range(position - arm_start + 1, steps + 1)
+            batches = source.batches(
+                num_held_out + text.batch_indices(settings.seed, step - 1, settings.batch_size, num_train)
+                for step in steps_left
+            )
+            for step in steps_left:
                 step_began = time.perf_counter()
-                chosen = text.batch_indices(settings.seed, step - 1, settings.batch_size, len(train[0]))
-                state, metrics = train_step(state, batch(train, chosen), teacher_head, *weights)
+                state, metrics = train_step(state, next(batches), *weights)
                 loss = float(metrics["loss"])
-                speed = chosen.size * settings.seq_len / (time.perf_counter() - step_began)
+                speed = settings.batch_size * settings.seq_len / (time.perf_counter() - step_began)
                 position = arm_start + step
                 log.write("train", position, model=arm, step=step, tokens_per_second=speed, **metrics)
                 bar.update(task, completed=step, note=f"loss {loss:.3f}, {speed:.0f} tokens/s")
 
                 if step % settings.eval_every == 0 or step == steps:
-                    scores = evaluate(state["params"], held_out, teacher_head)
+                    scores = evaluate(state["params"], held_out)
                     log.write("held_out", position, model=arm, step=step, **scores)
                     bar.console.print(f"{arm}, step {step}: {report.one_line(scores)}")
                 if step % settings.checkpoint_every == 0 or step == steps or stop.is_set():

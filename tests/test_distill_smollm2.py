@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from smollm2_cases import save_tiny_teacher
@@ -205,22 +207,47 @@ def test_every_divergence_has_a_name(divergence):
     assert isinstance(flags.DIVERGENCES[settings.divergence](settings.beta), jaxkd.Divergence)
 
 
-def test_hidden_states_are_computed_once_and_whole(folder, tmp_path):
-    torch_model, _ = teacher.open_teacher(folder, tmp_path)
-    tokens = np.arange(60, dtype=np.int32).reshape(6, 10)
+def test_live_teacher_gives_the_same_losses_and_leaves_no_cache(command, finished, tmp_path):
+    cache = tmp_path / "cache"
+    arguments = [*command, "--out", str(tmp_path / "run"), "--cache", str(cache), "--live-teacher"]
+    assert distill_smollm2.main(arguments) == 0
+    assert_same_losses(tmp_path / "run", finished)
+    assert not cache.exists()
+
+
+def test_hidden_states_are_computed_once(folder, tmp_path):
+    torch_model, tokenizer = teacher.open_teacher(folder, tmp_path)
+    windows = np.arange(200, dtype=np.int32).reshape(20, 10)
+
+    def open_cache(progress):
+        return teacher.cached(
+            torch_model, tokenizer, windows, tmp_path, name="tiny", dtype="float32", progress=progress
+        )
 
     def killed(batches):
         yield batches[0]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        teacher.hidden_states(torch_model, "tiny", tokens, tmp_path, progress=killed, batch_size=4)
-    assert list(tmp_path.iterdir()) == []
-    first = teacher.hidden_states(torch_model, "tiny", tokens, tmp_path, progress=lambda batches: batches, batch_size=4)
-    assert first.shape == (6, 10, 32)
-    assert not np.isclose(first[-1], 0).all()
-    again = teacher.hidden_states(torch_model, "tiny", tokens, tmp_path, progress=killed, batch_size=4)
-    np.testing.assert_array_equal(again, first)
+        open_cache(killed)
+    resumed = []
+    first = open_cache(lambda batches: resumed.extend(batches) or batches)
+    assert resumed == [1, 2]
+    again = open_cache(killed)
+    (live,) = teacher.Live(torch_model, windows).batches([np.arange(20)])
+    for cache in (first, again):
+        (batch,) = cache.batches([np.arange(20)])
+        for actual, expected in zip(jax.tree.leaves(batch), jax.tree.leaves(live), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_damaged_cache_is_one_line(command, finished, folder, tmp_path, capsys):
+    cache = shutil.copytree(folder / "cache", tmp_path / "cache")
+    (hidden,) = cache.glob("hidden-*/hidden")
+    os.truncate(hidden, 1000)
+    assert distill_smollm2.main([*command, "--out", str(tmp_path / "run"), "--cache", str(cache)]) == 1
+    assert "is damaged: `hidden` has 1000 bytes, but its header says" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_network_the_error_says_what_to_do(tmp_path, monkeypatch):

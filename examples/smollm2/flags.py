@@ -76,6 +76,9 @@ def parse(argv=None):
         default=default_cache(),
         help="the fetched teacher and its hidden states",
     )
+    parser.add_argument(
+        "--live-teacher", action="store_true", help="the teacher runs in every step; its states are not kept on disk"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--student-layers", metavar="N", type=count, default=15, help="evenly spaced layers of the teacher to keep")
     add("--divergence", choices=DIVERGENCES, default="jensen_shannon", help="the soft loss")
@@ -113,5 +116,5 @@ def lasting(settings):
 
     The teacher and the text count by their contents, which have a fingerprint of their own.
     """
-    passing = ("out", "cache", "resume", "checkpoint_every", "device", "text", "teacher")
+    passing = ("out", "cache", "live_teacher", "resume", "checkpoint_every", "device", "text", "teacher")
     return {key: value for key, value in vars(settings).items() if key not in passing}

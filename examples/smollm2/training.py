@@ -17,19 +17,18 @@ def optimizer_for(learning_rate, steps):
 
 
 def make_train_step(graphdef, optimizer, **loss_options):
-    """``step(state, batch, teacher_head, soft_weight, hard_weight) -> (state, metrics)``, compiled once for both arms.
+    """``step(state, batch, soft_weight, hard_weight) -> (state, metrics)``, compiled once for both arms.
 
-    ``state`` is ``{"params", "opt_state"}`` and is donated; ``batch`` is (tokens, labels, teacher_hidden).
+    ``state`` is ``{"params", "opt_state"}`` and is donated; ``batch`` is (tokens, labels, teacher).
     """
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state, batch, teacher_head, soft_weight, hard_weight):
-        tokens, labels, teacher_hidden = batch
+    def step(state, batch, soft_weight, hard_weight):
+        tokens, labels, teacher = batch
 
         def loss_fn(params):
             model = nnx.merge(graphdef, params)
             student = jaxkd.LinearLogits(model(tokens), model.head)
-            teacher = jaxkd.LinearLogits(teacher_hidden, teacher_head)
             return jaxkd.distillation_loss(
                 student, teacher, labels, soft_weight=soft_weight, hard_weight=hard_weight, **loss_options
             )
@@ -59,27 +58,29 @@ def score(hidden, head, labels, teacher_hidden, teacher_head):
 
 
 def make_evaluate(graphdef):
-    """``evaluate(params, batch, teacher_head) -> scores``, the mean over the batch's windows, one at a time."""
+    """``evaluate(params, batch) -> scores``, the mean over the batch's windows, one at a time."""
 
     @jax.jit
-    def evaluate(params, batch, teacher_head):
+    def evaluate(params, batch):
         model = nnx.merge(graphdef, params)
+        tokens, labels, teacher = batch
 
         def window(arguments):
             tokens, labels, teacher_hidden = arguments
-            return score(model(tokens[None])[0], model.head, labels, teacher_hidden, teacher_head)
+            return score(model(tokens[None])[0], model.head, labels, teacher_hidden, teacher.weight)
 
-        return jax.tree.map(jnp.mean, jax.lax.map(window, batch))
+        return jax.tree.map(jnp.mean, jax.lax.map(window, (tokens, labels, teacher.hidden)))
 
     return evaluate
 
 
 @jax.jit
-def evaluate_teacher(batch, teacher_head):
+def evaluate_teacher(batch):
     """The teacher's own scores, by the same code: its next-token loss is what a student can hope for."""
+    _, labels, teacher = batch
 
     def window(arguments):
-        _, labels, hidden = arguments
-        return score(hidden, teacher_head, labels, hidden, teacher_head)
+        labels, hidden = arguments
+        return score(hidden, teacher.weight, labels, hidden, teacher.weight)
 
-    return jax.tree.map(jnp.mean, jax.lax.map(window, batch))
+    return jax.tree.map(jnp.mean, jax.lax.map(window, (labels, teacher.hidden)))
