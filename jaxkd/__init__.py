@@ -1,5 +1,6 @@
 """Knowledge distillation over huge vocabularies in JAX: losses of two linear heads that never form their logits."""
 
+from jaxkd import embedding, preference
 from jaxkd.distillation import distillation_loss, fused_linear_jsd
 from jaxkd.divergences import (
     Divergence,
@@ -12,20 +13,48 @@ from jaxkd.divergences import (
     symmetric_kl,
     total_variation,
 )
+from jaxkd.flax_heads import flax_logits
+from jaxkd.hidden_losses import hidden_cosine, hidden_mse
+from jaxkd.log_probs import sequence_log_probs, token_log_probs, token_statistics
 from jaxkd.logits import LinearLogits, Logits
+from jaxkd.mixture import Mixture
+from jaxkd.own_loss import chunked_loss
+from jaxkd.row_divergences import RowDivergence, cosine_distance, earth_mover, kernel_distance, mse, sinkhorn
+from jaxkd.sharding import Sharding
+from jaxkd.top_k import TopKLogProbs
+from jaxkd.vocabulary_map import VocabularyMap
 
 __all__ = [
     "Divergence",
     "LinearLogits",
     "Logits",
+    "Mixture",
+    "RowDivergence",
+    "Sharding",
+    "TopKLogProbs",
+    "VocabularyMap",
     "alpha_divergence",
+    "chunked_loss",
+    "cosine_distance",
     "distillation_loss",
+    "earth_mover",
+    "embedding",
+    "flax_logits",
     "forward_kl",
     "fused_linear_jsd",
     "hellinger",
+    "hidden_cosine",
+    "hidden_mse",
     "jensen_shannon",
+    "kernel_distance",
+    "mse",
+    "preference",
     "reverse_kl",
+    "sequence_log_probs",
+    "sinkhorn",
     "skew_kl",
     "symmetric_kl",
+    "token_log_probs",
+    "token_statistics",
     "total_variation",
 ]

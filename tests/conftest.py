@@ -26,14 +26,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
 
+def pytest_configure():
+    """Everything but the GPU tests runs on the CPU, also where there is a GPU: the same numbers on every machine."""
+    if _has_gpu():
+        jax.config.update("jax_default_device", jax.devices("cpu")[0])
+
+
 @pytest.fixture(autouse=True)
 def _device(request):
-    """Everything but the GPU tests runs on the CPU, also where there is a GPU: the same numbers on every machine."""
-    if request.node.get_closest_marker("gpu") or not _has_gpu():
-        yield
-    else:
-        with jax.default_device(jax.devices("cpu")[0]):
+    if request.node.get_closest_marker("gpu"):
+        with jax.default_device(jax.devices("gpu")[0]):
             yield
+    else:
+        yield
 
 
 @pytest.fixture

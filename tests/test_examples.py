@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("flax")
+pytest.importorskip("matplotlib")
 
-from examples import train_linen, train_nnx
+from examples import align_dpo, train_embeddings, train_linen, train_nnx
 from examples.words import random_windows, read_words
 
 
@@ -24,6 +25,22 @@ def test_example(example, capsys):
     assert "student    8" in output
 
 
+def test_embeddings(tmp_path, capsys):
+    plot = tmp_path / "plot.png"
+    train_embeddings.main(["--steps", "4", "--batch", "2048", "--memory", "36", "--plot", str(plot)])
+    output = capsys.readouterr().out
+    assert "dense similarities: 48.0 MiB" in output
+    found = re.findall(r"(\d+) components: found (\S+)% before, (\S+)% after", output)
+    assert [int(size) for size, _, _ in found] == [64, 32, 16, 8]
+    assert sum(float(after) for _, _, after in found) > sum(float(before) for _, before, _ in found)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_embeddings_need_their_memory(tmp_path):
+    with pytest.raises(SystemExit):
+        train_embeddings.main(["--batch", "256", "--memory", "0.1", "--plot", str(tmp_path / "plot.png")])
+
+
 def test_words():
     train, held_out = read_words(vocabulary=500, held_out=1000)
     assert held_out.shape == (1000,)
@@ -33,3 +50,25 @@ def test_words():
     assert windows.shape == (3, 11)
     text = np.asarray(train)
     assert all(any((text[i : i + 11] == row).all() for i in np.flatnonzero(text == row[0])) for row in windows)
+
+
+@pytest.mark.parametrize("loss", align_dpo.LOSSES)
+def test_alignment(loss, capsys, tmp_path):
+    align_dpo.main(["--loss", loss, "--steps", "8", "--plot", str(tmp_path / "align.png")])
+    output = capsys.readouterr().out
+    assert float(re.search(r"held out: .*margin (\S+) nats", output)[1]) > 0
+    assert (tmp_path / "align.png").stat().st_size > 10_000
+
+
+def test_preference_pairs():
+    """Same prompts, answers of many lengths; the chosen ones have the rarer words."""
+    train, _ = read_words(align_dpo.VOCABULARY, held_out=1000)
+    chosen, rejected = (np.asarray(x) for x in align_dpo.draw_pairs(train, np.random.default_rng(0), 50))
+    prompt = slice(0, align_dpo.PROMPT)
+    np.testing.assert_array_equal(chosen[:, prompt], rejected[:, prompt])
+    assert len(np.unique((chosen == align_dpo.IGNORED).sum(1))) > 10
+
+    def common(answers):
+        return np.mean((answers[:, align_dpo.PROMPT :] > 0) & (answers[:, align_dpo.PROMPT :] < 10))
+
+    assert common(chosen) < common(rejected)

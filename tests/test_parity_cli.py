@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 import torch
 
 from torch_bridge import parity, reference
 from torch_bridge.cases import DIVERGENCES, Case, Pair, Shape
+from torch_bridge.comparison import Comparison
 
 SMALL = Case("jensen_shannon(0.5)", Shape(9, 8, 8, 21, 21), "bfloat16", chunk_size=4, gap=0.02)
 
@@ -18,6 +21,7 @@ SMALL = Case("jensen_shannon(0.5)", Shape(9, 8, 8, 21, 21), "bfloat16", chunk_si
 def only_small(monkeypatch):
     monkeypatch.setattr(parity, "pairwise_cases", lambda: [SMALL])
     monkeypatch.setattr(parity, "converging_cases", list)
+    monkeypatch.setattr(parity, "FAMILIES", ())
 
 
 def test_quick_run_passes_and_writes_its_results(tmp_path, capsys):
@@ -29,7 +33,11 @@ def test_quick_run_passes_and_writes_its_results(tmp_path, capsys):
     assert results["device"] == "cpu"
     count = len(results["rows"])
     assert f": {count} pass; worst gradient errors" in output
-    assert output.count(" pass ") == count
+    others = results["others"]
+    assert f"{len(others)} rows of other losses: {len(others)} pass, 0 FAIL" in output
+    assert {"preference", "embedding", "distillation"} <= {x["family"] for x in others}
+    assert all(x["loss"] in output and len(x["errors"]) > 1 for x in others)
+    assert output.count(" pass ") == count + len(others)
     for row in results["rows"]:
         assert {"loss", "hidden", "weight"} <= row["errors"].keys() == row["bounds"].keys()
         assert row["divergence"] in output
@@ -69,6 +77,22 @@ def test_a_row_that_raises_fails_alone(monkeypatch, capsys, tmp_path, only_small
     assert json.loads(path.read_text())["rows"][0]["exception"] == "RuntimeError: no such kernel"
 
 
+@pytest.mark.parametrize("fault", [2.0, None])
+def test_another_loss_that_fails_sets_the_exit_status(monkeypatch, capsys, only_small, fault):
+    def of_jax(inputs):
+        if fault is None:
+            raise RuntimeError("no such loss")
+        return fault * jnp.sum(inputs["x"] ** 2), {}
+
+    comparison = Comparison("family", "square", "plain", {"x": torch.ones(3)}, of_jax, lambda x: torch.sum(x["x"] ** 2))
+    monkeypatch.setattr(parity, "FAMILIES", (SimpleNamespace(comparisons=lambda device: [comparison]),))
+    assert parity.main([]) == 1
+    output = capsys.readouterr().out
+    assert "1 rows of other losses: 0 pass, 1 FAIL" in output
+    assert fault is not None or "no such loss" in output
+    assert parity.main(["--implementation", "xla"]) == 0  # these losses take no implementation
+
+
 def test_an_implementation_that_refuses_every_row_has_not_passed(monkeypatch, capsys, only_small):
     def refuse(*args, **kwargs):
         raise ValueError('`implementation="mosaic"` cannot run here: V=21 is no multiple of 32')
@@ -85,7 +109,7 @@ def test_an_implementation_that_refuses_every_row_has_not_passed(monkeypatch, ca
 def test_a_gradient_that_is_not_finite_fails():
     row = parity.Row(SMALL, errors={"loss": 0.0, "hidden": float("nan")})
     assert not row.passed
-    assert parity.report([row], "cpu", None)["rows"][0]["errors"]["hidden"] is None
+    assert parity.report([row], [], "cpu", None)["rows"][0]["errors"]["hidden"] is None
 
 
 @pytest.mark.parametrize(

@@ -6,5 +6,26 @@ from torch_bridge.convert import borrow_as_jax as borrow_as_jax
 from torch_bridge.convert import borrow_as_torch as borrow_as_torch
 from torch_bridge.convert import to_jax as to_jax
 from torch_bridge.convert import to_torch as to_torch
+from torch_bridge.live_teacher import LiveTeacher as LiveTeacher
+from torch_bridge.teacher_cache import CacheError as CacheError
+from torch_bridge.teacher_cache import TeacherBatch as TeacherBatch
+from torch_bridge.teacher_cache import TeacherCache as TeacherCache
+from torch_bridge.teacher_cache import cache_teacher as cache_teacher
+from torch_bridge.teacher_cache import open_teacher_cache as open_teacher_cache
+from torch_bridge.vocabularies import match_vocabularies as match_vocabularies
 
-__all__ = ["borrow_as_jax", "borrow_as_torch", "reference", "to_jax", "to_torch", "torch_loss"]
+__all__ = [
+    "CacheError",
+    "LiveTeacher",
+    "TeacherBatch",
+    "TeacherCache",
+    "borrow_as_jax",
+    "borrow_as_torch",
+    "cache_teacher",
+    "match_vocabularies",
+    "open_teacher_cache",
+    "reference",
+    "to_jax",
+    "to_torch",
+    "torch_loss",
+]

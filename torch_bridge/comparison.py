@@ -1,6 +1,8 @@
 """One loss on one batch in both libraries, and how far apart the results are."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,35 @@ class Comparison(NamedTuple):
     @property
     def dtype(self) -> str:
         return str(next(iter(self.inputs.values())).dtype).removeprefix("torch.")
+
+
+@dataclass
+class Outcome:
+    """What a comparison gave: errors of "loss" and of the gradients, or the exception that stopped it."""
+
+    comparison: Comparison
+    errors: dict[str, float] = field(default_factory=dict)
+    exception: str | None = None
+
+    @property
+    def bound(self) -> float:
+        return GRADIENT_BOUNDS[self.comparison.dtype]
+
+    @property
+    def passed(self) -> bool:
+        bounds = {name: LOSS_BOUND if name == "loss" else self.bound for name in self.errors}
+        return bool(self.errors) and all(self.errors[name] <= bound for name, bound in bounds.items())
+
+    @property
+    def worst_gradient(self) -> float:
+        return max((error for name, error in self.errors.items() if name != "loss"), default=math.nan)
+
+
+def outcome(comparison: Comparison) -> Outcome:
+    try:
+        return Outcome(comparison, compare(comparison))
+    except Exception as error:  # fails its row, not the table
+        return Outcome(comparison, exception=f"{type(error).__name__}: {error}")
 
 
 def compare(comparison: Comparison) -> dict[str, float]:

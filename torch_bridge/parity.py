@@ -4,7 +4,8 @@ Both read the same memory: the tensors of a case cross to JAX by DLPack, uncopie
 way. The cases are those of `torch_bridge.cases`: every two values of divergence, vocabulary shape, dtype, mask, head,
 temperature and chunk size meet in at least one (not the full product), and every divergence is met near convergence in
 bfloat16 besides. For comparison the table shows the worst gradient error of the dense PyTorch loss in the case's own
-dtype and, where liger-kernel is installed and there is a GPU, of its two JSD losses.
+dtype and, where liger-kernel is installed and there is a GPU, of its two JSD losses. A second table has all other
+losses, those of the ``comparisons_*`` modules, which run in XLA.
 
 Gradient errors are relative in L2; `torch_bridge.comparison` has their bounds.
 """
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,25 @@ from rich.table import Table
 
 import jaxkd
 import jaxkd.implementation
-from torch_bridge import liger, reference
+from torch_bridge import (
+    comparisons_embedding,
+    comparisons_preference,
+    comparisons_rows,
+    comparisons_teacher,
+    comparisons_teachers,
+    liger,
+    reference,
+)
 from torch_bridge.autograd import torch_loss
 from torch_bridge.cases import DIVERGENCES, Batch, Case, Loss, converging_cases, make_batch, pairwise_cases
-from torch_bridge.comparison import GRADIENT_BOUNDS, LOSS_BOUND, errors, loss_and_gradients
+from torch_bridge.comparison import GRADIENT_BOUNDS, LOSS_BOUND, Outcome, errors, loss_and_gradients, outcome
 
 # The slope of |p - q| jumps where p = q, and a token whose p and q agree to the rounding of float32 logits may take
 # either sign. Near convergence there are such tokens: moving the logits of that case by 3e-6 of themselves turns one
 # likely token over and moves the exact float64 gradient by 3.8e-2; moving them by 1e-6 moves nothing.
 TOTAL_VARIATION_NEAR_CONVERGENCE = 5e-2
 GRADIENTS = ("hidden", "weight", "bias")
+FAMILIES = (comparisons_rows, comparisons_teacher, comparisons_teachers, comparisons_preference, comparisons_embedding)
 IMPLEMENTATIONS = [name for name in jaxkd.implementation.NAMES if name]
 
 
@@ -144,6 +155,20 @@ def table(rows: Sequence[Row], title: str) -> Table:
     return result
 
 
+def table_of_others(outcomes: Sequence[Outcome], title: str) -> Table:
+    result = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("family", "loss", "case", "dtype"):
+        result.add_column(name, no_wrap=True)
+    for name in ("loss", "worst gradient", "bound", ""):
+        result.add_column(name, justify="right", no_wrap=True)
+    for x in outcomes:
+        about = x.comparison
+        numbers = [f"{x.errors['loss']:.1e}", f"{x.worst_gradient:.1e}", f"{x.bound:.1e}"] if x.errors else [""] * 3
+        verdict = "[green]pass" if x.passed else "[bold red]FAIL"
+        result.add_row(about.family, about.loss, about.setting, about.dtype, *numbers, verdict)
+    return result
+
+
 def summary(rows: Sequence[Row], seconds: float) -> str:
     worst = ", ".join(
         f"{dtype} {max(row.errors[name] for row in chosen for name in GRADIENTS if name in row.errors):.1e}"
@@ -160,7 +185,7 @@ def succeeded(rows: Sequence[Row]) -> bool:
     return verdicts["pass"] > 0 and verdicts["FAIL"] == 0
 
 
-def report(rows: Sequence[Row], device: str, implementation: str | None) -> dict[str, Any]:
+def report(rows: Sequence[Row], others: Sequence[Outcome], device: str, implementation: str | None) -> dict[str, Any]:
     """The results as JSON values, null for what is not finite."""
 
     def finite(values: dict[str, float]) -> dict[str, float | None]:
@@ -170,12 +195,17 @@ def report(rows: Sequence[Row], device: str, implementation: str | None) -> dict
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "implementation": implementation,
         "versions": {"jax": jax.__version__, "torch": torch.__version__},
-        "passed": succeeded(rows),
+        "passed": succeeded(rows) and all(x.passed for x in others),
         "rows": [
             asdict(row.case)
             | {"shape": row.case.shape._asdict(), "errors": finite(row.errors), "bounds": row.bounds}
             | {"verdict": row.verdict, "exception": row.exception, "peers": finite(row.peers)}
             for row in rows
+        ],
+        "others": [
+            {name: getattr(x.comparison, name) for name in ("family", "loss", "setting", "dtype")}
+            | {"errors": finite(x.errors), "bound": x.bound, "passed": x.passed, "exception": x.exception}
+            for x in others
         ],
     }
 
@@ -213,20 +243,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     console = Console(width=max(Console().width, 200))  # rich cuts columns off where a terminal wraps
     cases = (pairwise_cases() + converging_cases())[:: 5 if options.quick else 1]
-    rows = [
-        measure(case, options.device, options.implementation)
-        for case in track(cases, "comparing", console=console, transient=True, disable=not console.is_terminal)
-    ]
+    comparisons = [x for family in FAMILIES for x in family.comparisons(options.device)][:: 5 if options.quick else 1]
+    if options.implementation:  # which they do not take
+        comparisons = []
+    show = partial(track, console=console, transient=True, disable=not console.is_terminal)
+    rows = [measure(case, options.device, options.implementation) for case in show(cases, "comparing")]
+    others = [outcome(comparison) for comparison in show(comparisons, "comparing the other losses")]
     console.print(
         table(rows, f"jaxkd on {options.device}: errors against float64 PyTorch, beside the worst gradient of others")
     )
     for row in rows:
         if row.exception:
             console.print(f"{row.verdict} {row.case}: {row.exception}", markup=False)
+    if others:
+        console.print(table_of_others(others, f"The other losses on {options.device}"))
+    for x in others:
+        if x.exception:
+            console.print(f"FAIL {x.comparison.loss}, {x.comparison.setting}: {x.exception}", markup=False)
     console.print(summary(rows, time.perf_counter() - start))
+    passed = sum(x.passed for x in others)
+    if others:
+        console.print(f"{len(others)} rows of other losses: {passed} pass, {len(others) - passed} FAIL")
     if options.json:
-        options.json.write_text(json.dumps(report(rows, options.device, options.implementation), indent=1) + "\n")
-    return 0 if succeeded(rows) else 1
+        content = report(rows, others, options.device, options.implementation)
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0 if succeeded(rows) and passed == len(others) else 1
 
 
 if __name__ == "__main__":

@@ -14,18 +14,50 @@ from torch_bridge.reference.distillation import (
     symmetric_kl,
     total_variation,
 )
+from torch_bridge.reference.logit_losses import (
+    RowDivergence,
+    cosine_distance,
+    earth_mover,
+    kernel_distance,
+    mse,
+    sinkhorn,
+)
+from torch_bridge.reference.rows import (
+    chunked_loss,
+    hidden_cosine,
+    hidden_mse,
+    sequence_log_probs,
+    token_log_probs,
+    token_statistics,
+)
+from torch_bridge.reference.teachers import Mixture, TopKLogProbs, VocabularyMap
 
 __all__ = [
     "Divergence",
     "LinearLogits",
     "Logits",
+    "Mixture",
+    "RowDivergence",
+    "TopKLogProbs",
+    "VocabularyMap",
     "alpha_divergence",
+    "chunked_loss",
+    "cosine_distance",
     "distillation_loss",
+    "earth_mover",
     "forward_kl",
     "hellinger",
+    "hidden_cosine",
+    "hidden_mse",
     "jensen_shannon",
+    "kernel_distance",
+    "mse",
     "reverse_kl",
+    "sequence_log_probs",
+    "sinkhorn",
     "skew_kl",
     "symmetric_kl",
+    "token_log_probs",
+    "token_statistics",
     "total_variation",
 ]

@@ -6,10 +6,12 @@ computed in the dtype of the inputs (softmaxes in float32 at least), so float64 
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from torch_bridge.reference.logit_losses import RowDivergence
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # (log_p of the teacher, log_q of the student), (N, V) each -> (N,)
 
@@ -41,10 +43,10 @@ class Logits(NamedTuple):
 
 def distillation_loss(
     student: LinearLogits | Logits,
-    teacher: LinearLogits | Logits,
+    teacher: Any,
     labels: Tensor | None = None,
     *,
-    divergence: Divergence,
+    divergence: Divergence | RowDivergence,
     temperature: float = 1.0,
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
@@ -57,7 +59,8 @@ def distillation_loss(
 
     ``soft_n`` is the divergence of teacher and student at the temperature, ``hard_n`` the cross-entropy of the student
     with the label. Arguments, defaults and results as in `jaxkd.distillation_loss`; `divergence` is one of this
-    module's functions of ``(log_p, log_q)``.
+    module's functions of ``(log_p, log_q)``, or a `RowDivergence`; ``teacher`` may also be one of
+    `torch_bridge.reference.teachers`.
 
     Returns:
       The loss and its parts ``soft``, ``hard`` and ``num_rows``, scalars.
@@ -67,9 +70,11 @@ def distillation_loss(
     if labels is not None:
         labels = labels.flatten()
         counted = labels != ignore_index
-    student_logits, teacher_logits = student.rows(counted), teacher.rows(counted).detach()
-    student_common, teacher_common = _common_vocabulary(student_logits, teacher_logits, vocabulary)
-    soft = divergence(_log_softmax(teacher_common / temperature), _log_softmax(student_common / temperature))
+    student_logits = student.rows(counted)
+    if isinstance(teacher, LinearLogits | Logits):
+        soft = _soft(student_logits, teacher.rows(counted).detach(), divergence, temperature, vocabulary)
+    else:
+        soft = teacher.soft(_float(student_logits), counted, temperature, divergence)
     hard = torch.zeros_like(soft) if labels is None else _cross_entropy(student_logits, labels[counted])
 
     row_weights = torch.ones_like(soft) if weights is None else weights.flatten()[counted].to(soft.dtype)
@@ -78,6 +83,18 @@ def distillation_loss(
     soft, hard = (shares * soft).sum(), (shares * hard).sum()
     metrics = {"soft": soft.detach(), "hard": hard.detach(), "num_rows": counted.sum()}
     return soft_weight * soft + hard_weight * hard, metrics
+
+
+def _soft(
+    student: Tensor, teacher: Tensor, divergence: Divergence | RowDivergence, temperature: float, vocabulary: str
+) -> Tensor:
+    """The soft loss of each row of logits."""
+    if not isinstance(divergence, RowDivergence) or divergence.is_common:
+        student, teacher = _common_vocabulary(student, teacher, vocabulary)
+    teacher, student = teacher / temperature, student / temperature
+    if isinstance(divergence, RowDivergence):
+        return divergence.function(_float(teacher), _float(student))
+    return divergence(_log_softmax(teacher), _log_softmax(student))
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -163,7 +180,11 @@ def _common_vocabulary(student: Tensor, teacher: Tensor, vocabulary: str) -> tup
 
 
 def _log_softmax(z: Tensor) -> Tensor:
-    return torch.log_softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32))
+    return torch.log_softmax(_float(z), -1)
+
+
+def _float(z: Tensor) -> Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def _cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
