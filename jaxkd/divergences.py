@@ -130,7 +130,12 @@ def _jensen_shannon_kernel_form(log2_p, log2_q, beta):
     p, q = jnp.exp2(log2_p), jnp.exp2(log2_q)
     log2_m = jnp.log2(jnp.maximum(beta * p + (1 - beta) * q, 2.0**-126))
     slope = ((1 - beta) * LN2) * (q * (log2_q - log2_m))
-    return (beta * LN2) * (p * (log2_p - log2_m)) + slope, slope
+    term = (beta * LN2) * (p * (log2_p - log2_m)) + slope
+    # Near p = q the term is the small difference of large ones: its Taylor series in d = log(q / p).
+    d, w = (log2_q - log2_p) * LN2, 1 - beta
+    cubic, quartic, quintic = (2 - w) / 6, (3 - (4 - 2 * w) * w) / 24, (4 - (11 - (14 - 6 * w) * w) * w) / 120
+    series = beta * w * p * (d * d) * (0.5 + d * (cubic + d * (quartic + d * quintic)))
+    return jnp.where(jnp.abs(d) < 0.2, series, term), slope
 
 
 def jensen_shannon(beta: ArrayLike = 0.5) -> Divergence:
@@ -206,7 +211,7 @@ def _total_variation_term(log_p, log_q):
 
 def _total_variation_slope(log_p, log_q):
     # Probabilities that agree to rounding are equal: the sign of their difference would be that of the rounding.
-    rounding = 8 * jnp.finfo(log_q.dtype).eps * jnp.maximum(jnp.abs(log_q), 1)
+    rounding = 3 * jnp.finfo(log_q.dtype).eps * jnp.maximum(jnp.abs(log_q), 1)
     difference = log_q - log_p
     sign = jnp.where(difference > rounding, 0.5, jnp.where(difference < -rounding, -0.5, 0))
     return jnp.exp(log_q) * sign

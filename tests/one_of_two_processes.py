@@ -13,13 +13,6 @@ import jaxkd
 
 ROWS, D, D_TEACHER, V = 12, 8, 6, 30
 
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
-student = cases.head(0, ROWS, D, V).astype(jnp.float32)
-teacher = cases.head(1, ROWS, D_TEACHER, V).astype(jnp.float32)
-labels = cases.some_labels(2, ROWS, V)
-
 
 def loss_and_gradient(*arrays, sharding=None):
     def loss(student, teacher, labels):
@@ -28,22 +21,37 @@ def loss_and_gradient(*arrays, sharding=None):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(*arrays)
 
 
-def split(x, spec):
+def split(x, mesh, spec):
     """An array of both processes, of which each one gives its part."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
 
 
-(want, _), want_gradient = loss_and_gradient(student, teacher, labels)
-for rows, vocabulary in (("x", ()), ((), "x"), ("x", "x")):
-    by_row, by_column = P(rows or None), P(vocabulary or None)
-    sources = [jaxkd.LinearLogits(split(x.hidden, by_row), split(x.weight, by_column)) for x in (student, teacher)]
-    sharding = jaxkd.Sharding(rows, vocabulary, mesh)
-    (loss, metrics), gradient = loss_and_gradient(*sources, split(labels, by_row), sharding=sharding)
-    np.testing.assert_allclose(loss, want, rtol=1e-5)
-    assert metrics["num_rows"] == (labels != -100).sum()
-    for name in ("hidden", "weight"):
-        for shard in getattr(gradient, name).addressable_shards:
-            whole = np.asarray(getattr(want_gradient, name))
-            np.testing.assert_allclose(shard.data, whole[shard.index], atol=1e-5 * np.abs(whole).max())
-    print("equal", flush=True)
+def main(port, number):
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    student = cases.head(0, ROWS, D, V).astype(jnp.float32)
+    teacher = cases.head(1, ROWS, D_TEACHER, V).astype(jnp.float32)
+    labels = cases.some_labels(2, ROWS, V)
+
+    (want, _), want_gradient = loss_and_gradient(student, teacher, labels)
+    for rows, vocabulary in (("x", ()), ((), "x"), ("x", "x")):
+        by_row, by_column = P(rows or None), P(vocabulary or None)
+        sources = [
+            jaxkd.LinearLogits(split(x.hidden, mesh, by_row), split(x.weight, mesh, by_column))
+            for x in (student, teacher)
+        ]
+        sharding = jaxkd.Sharding(rows, vocabulary, mesh)
+        (loss, metrics), gradient = loss_and_gradient(*sources, split(labels, mesh, by_row), sharding=sharding)
+        np.testing.assert_allclose(loss, want, rtol=1e-5)
+        assert metrics["num_rows"] == (labels != -100).sum()
+        for name in ("hidden", "weight"):
+            for shard in getattr(gradient, name).addressable_shards:
+                whole = np.asarray(getattr(want_gradient, name))
+                np.testing.assert_allclose(shard.data, whole[shard.index], atol=1e-5 * np.abs(whole).max())
+        print("equal", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

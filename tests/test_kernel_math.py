@@ -65,6 +65,19 @@ def test_base_2_forms_are_the_same(name, gap):
         np.testing.assert_array_less(jnp.abs(jnp.where(jnp.isfinite(want), x - want, 0)), 1e-12 + 4e-5 * weight)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("gap", [0.002, 0.02, 0.2, 2.0])
+def test_kernel_form_of_the_jsd_near_convergence(beta, gap):
+    """The loss is right to 1e-4 of itself, however small it is."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(scale=3, size=(16, 32000))
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (z, z + gap * rng.normal(size=z.shape)))
+    form = jax.jit(jaxkd.jensen_shannon(beta).kernel_form)
+    term, _ = form(log_p / kernel_math.LN2, log_q / kernel_math.LN2, jnp.float32(beta))
+    want, _ = cases.jensen_shannon(beta)(np.float64(log_p), np.float64(log_q))
+    assert cases.relative_error(np.float64(term).sum(), want.sum()) <= 1e-4
+
+
 def test_kernel_form_of_probabilities_that_underflow():
     """Nothing that is not a number comes out where both, or one, are below what float32 holds."""
     log2 = jnp.array([-jnp.inf, -1e30, -200.0, -127.0, -1.0])

@@ -21,7 +21,8 @@ EIGHT_DEVICES = "--xla_force_host_platform_device_count=8 --xla_backend_optimiza
 
 
 def start(arguments, flags):
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
