@@ -1,0 +1,18 @@
+"""Losses of embedding models at batches whose similarities would not fit in memory.
+
+A batch of B rows has B x B similarities. Here a chunk of rows by all candidates is the most that exists at a time
+(`info_nce`, `batch_hard_triplet`), or they are summed without being formed at all (`cosent`). Semantics are those of
+sentence-transformers; where they differ, the docstring says so.
+
+All take embeddings (B, D) of one floating type, compute in float32 (float64 for float64) and return ``(loss, metrics)``
+with float32 metrics that carry no gradient. A row of ``weights`` 0 is not there: it adds exactly nothing to the loss or
+to any gradient and is nobody's candidate, even when it holds NaN. A batch without a row that counts has loss 0.
+"""
+
+from jaxkd.embedding.contrastive import info_nce
+from jaxkd.embedding.ranking import cosent
+from jaxkd.embedding.similarity import Distance, cosine, euclidean
+from jaxkd.embedding.sizes import matryoshka
+from jaxkd.embedding.triplets import batch_hard_triplet, triplet
+
+__all__ = ["Distance", "batch_hard_triplet", "cosent", "cosine", "euclidean", "info_nce", "matryoshka", "triplet"]

@@ -1,0 +1,166 @@
+"""Triplet losses: of given triplets, and of the hardest ones in a batch, found a chunk of rows at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxkd.checks import check_scalar, check_size
+from jaxkd.embedding.shared import (
+    Metrics,
+    as_embeddings,
+    check_counting,
+    chunk_size_for,
+    metrics_of,
+    weigh_rows,
+)
+from jaxkd.embedding.similarity import Distance, euclidean
+from jaxkd.logits import logits_dtype
+from jaxkd.row_arguments import weighted
+
+
+def triplet(
+    anchors: ArrayLike,
+    positives: ArrayLike,
+    negatives: ArrayLike,
+    *,
+    distance: Callable[[jax.Array, jax.Array], jax.Array] = euclidean,
+    margin: ArrayLike | None = 5.0,
+    weights: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """The triplet loss: an anchor shall be nearer to its positive than to its negative, by a margin.
+
+        loss = sum_i weights_i max(d(a_i, p_i) - d(a_i, n_i) + margin, 0) / normalizer
+
+    Args:
+      anchors, positives, negatives: (B, D) floating.
+      distance: `euclidean`, `cosine`, or a function of two (B, D) arrays to (B,).
+      margin: a number; None is the soft margin, ``log(1 + exp(d(a, p) - d(a, n)))``.
+      weights: (B,) non-negative factors of the rows, or None for 1.
+      normalizer: what divides the sum; None is the sum of the weights.
+
+    Returns:
+      The loss, and metrics ``{"positive_distance", "negative_distance", "accuracy", "num_rows"}``: means, normalised
+      as the loss is, of both distances and of how often the positive is the nearer.
+
+    Raises:
+      TypeError, ValueError: shapes, types or values that do not fit, named, before any work.
+
+    Sources: Schroff et al., "FaceNet" (arXiv 1503.03832); ``TripletLoss`` of sentence-transformers.
+
+    >>> loss, _ = triplet(jnp.zeros((1, 2)), jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 2.0]]))
+    >>> print(f"{loss:.0f}")
+    8
+    """
+    anchors, positives, negatives = as_embeddings(anchors=anchors, positives=positives, negatives=negatives)
+    if not callable(distance):
+        raise TypeError(f"`distance` is {distance!r}; give jaxkd.embedding.euclidean, cosine or a function")
+    _check_margin(margin)
+    check_counting(anchors, weights, normalizer)
+    row_weights, (anchors, positives, negatives) = weigh_rows(weights, anchors, positives, negatives)
+    return _triplet(anchors, positives, negatives, distance, margin, row_weights, normalizer)
+
+
+def batch_hard_triplet(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    *,
+    distance: Distance = euclidean,
+    margin: ArrayLike | None = 5.0,
+    weights: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """The triplet loss of each row with its hardest partners in the batch: `triplet` of what it finds.
+
+    The positive of a row is the farthest other row of its label, the negative the nearest row of another label; of
+    several, the first. They are looked for a chunk of rows at a time. A row without one or the other does not count:
+    it is not in the mean either (sentence-transformers takes its positive's distance as 0, or invents a negative's).
+
+    Args:
+      embeddings: (B, D) floating.
+      labels: (B,) integers: the row's class.
+      distance: `euclidean`, `cosine` or a `Distance` of your own.
+      margin: a number; None is the soft margin, ``log(1 + exp(d(a, p) - d(a, n)))``.
+      weights, normalizer: as in `triplet`.
+      chunk_size: as in `info_nce`.
+
+    Returns:
+      The loss, and the metrics of `triplet`.
+
+    Raises:
+      TypeError, ValueError: shapes, types or values that do not fit, named, before any work.
+
+    Sources: Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification" (arXiv 1703.07737);
+    ``BatchHardTripletLoss`` and ``BatchHardSoftMarginTripletLoss`` of sentence-transformers.
+
+    On a line at 0, 1 and 3, the third of another label: (1 - 3 + 5 + 1 - 2 + 5) / 2.
+
+    >>> loss, metrics = batch_hard_triplet(jnp.array([[0.0], [1.0], [3.0]]), jnp.array([7, 7, 8]))
+    >>> print(f"{loss:.1f}, {metrics['num_rows']:.0f} rows")
+    3.5, 2 rows
+    """
+    (embeddings,) = as_embeddings(embeddings=embeddings)
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != embeddings.shape[:1]:
+        raise ValueError(
+            f"`labels` is {jnp.result_type(labels).name} {jnp.shape(labels)} but `embeddings` has "
+            f"B={embeddings.shape[0]}; give one integer a row"
+        )
+    if not isinstance(distance, Distance):
+        raise TypeError(f"`distance` is {distance!r}; give a jaxkd.embedding.Distance such as euclidean or cosine")
+    _check_margin(margin)
+    check_counting(embeddings, weights, normalizer)
+    num_rows = embeddings.shape[0]
+    if chunk_size is None:
+        chunk_size = chunk_size_for(num_rows, num_rows, logits_dtype(embeddings))
+    check_size("chunk_size", chunk_size)
+
+    everyone = jax.lax.stop_gradient(embeddings)  # for the search, in the type of its product
+    row_weights, (embeddings,) = weigh_rows(weights, embeddings)
+    labels, position = jnp.asarray(labels), jnp.arange(num_rows)
+
+    def hardest(row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        embedding, label, i = row
+        farness = distance.order(embedding, everyone)  # (B,)
+        is_positive = (labels == label) & (position != i) & (row_weights != 0)
+        is_negative = (labels != label) & (row_weights != 0)
+        positive = jnp.argmax(jnp.where(is_positive, farness, -jnp.inf))
+        negative = jnp.argmin(jnp.where(is_negative, farness, jnp.inf))
+        return positive, negative, is_positive.any() & is_negative.any()
+
+    rows = everyone, labels, position
+    positive, negative, has_both = jax.lax.map(hardest, rows, batch_size=min(chunk_size, num_rows))
+    row_weights = jnp.where(has_both, row_weights, 0)
+    return _triplet(embeddings, embeddings[positive], embeddings[negative], distance, margin, row_weights, normalizer)
+
+
+def _triplet(
+    anchors: jax.Array,
+    positives: jax.Array,
+    negatives: jax.Array,
+    distance: Callable[[jax.Array, jax.Array], jax.Array],
+    margin: Any,
+    weights: jax.Array,
+    normalizer: Any,
+) -> tuple[jax.Array, Metrics]:
+    total = jnp.sum(weights) if normalizer is None else jnp.asarray(normalizer, weights.dtype)
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.where(total == 0, 0, jnp.sum(weighted(weights, x)) / jnp.where(total == 0, 1, total))
+
+    near, far = distance(anchors, positives), distance(anchors, negatives)
+    loss = jax.nn.softplus(near - far) if margin is None else jax.nn.relu(near - far + jnp.asarray(margin, near.dtype))
+    return mean(loss), metrics_of(
+        positive_distance=mean(near),
+        negative_distance=mean(far),
+        accuracy=mean((near < far).astype(near.dtype)),
+        num_rows=jnp.sum(weights != 0),
+    )
+
+
+def _check_margin(margin: Any) -> None:
+    if margin is not None:
+        check_scalar("margin", margin)
