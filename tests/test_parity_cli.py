@@ -145,7 +145,7 @@ def test_command_line():
 @pytest.mark.parametrize("implementation", [None, "triton", "xla"])
 def test_parity_on_cuda(implementation, tmp_path):
     path = tmp_path / "parity.json"
-    named = [] if implementation is None else ["--implementation", implementation]
+    named = [] if implementation is None else ["--quick", "--implementation", implementation]
     assert parity.main(["--device", "cuda", "--json", str(path), *named]) == 0
     results = json.loads(path.read_text())
     assert results["implementation"] == implementation
