@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--memory", type=float, default=96, help="MiB that a training step may take beyond its inputs")
-    parser.add_argument("--plot", type=Path, default=Path("train_embeddings.png"))
+    parser.add_argument("--plot", type=Path, default=Path("runs/embeddings.png"))
     options = parser.parse_args(arguments)
 
     passages = read_passages()
@@ -134,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     axes.set(xlabel="components of the embedding", ylabel=f"top-1 accuracy among {HELD_OUT}")
     axes.set_ylim(bottom=0)
     axes.legend()
+    options.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.plot, dpi=150)
     plt.close(figure)
     print(f"plot in {options.plot}")
