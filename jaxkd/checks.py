@@ -92,6 +92,11 @@ def check_scalar(name: str, value: Any, above: float | None = None, at_least: fl
         raise ValueError(f"`{name}` is {known:g}; give a number of at least {at_least:g}")
 
 
+def check_vocabulary(vocabulary: Any) -> None:
+    if vocabulary not in ("truncate", "mask"):
+        raise ValueError(f'`vocabulary` is {vocabulary!r}; give "truncate" or "mask"')
+
+
 def check_integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"`{name}` is {value!r}; give an integer")

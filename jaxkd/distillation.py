@@ -9,18 +9,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.checks import check_same_rows, check_scalar, check_source
+from jaxkd.checks import check_same_rows, check_scalar, check_source, check_vocabulary
 from jaxkd.chunked import sum_rows
 from jaxkd.divergences import forward_kl, jensen_shannon
 from jaxkd.implementation import Chunk, RowLosses, row_losses_for
 from jaxkd.logits import LinearLogits, Logits, Source, take_rows
+from jaxkd.metrics import Metrics, metrics_of
 from jaxkd.row_arguments import check_row_arguments, count_rows, rows_of_chunk, weighted
 from jaxkd.row_divergences import AnyDivergence, check_divergence
 from jaxkd.rows import RowOptions, VocabularyShards
 from jaxkd.sharding import ROWS, Layout, Sharding, layout_of
 from jaxkd.teachers import Bucketed, Teacher, check_teacher, for_loop
-
-Metrics = dict[str, jax.Array]
 
 
 def distillation_loss(
@@ -256,8 +255,7 @@ def _distillation_loss(
     check_scalar("hard_weight", hard_weight, at_least=0)
     if labels is None and not (isinstance(hard_weight, (int, float)) and hard_weight == 0):
         raise ValueError(f"`hard_weight` is {hard_weight} but there are no `labels`; give labels or leave it 0")
-    if vocabulary not in ("truncate", "mask"):
-        raise ValueError(f'`vocabulary` is {vocabulary!r}; give "truncate" or "mask"')
+    check_vocabulary(vocabulary)
 
     layout = layout_of(sharding, len(student.leading_shape))
     if layout.vocabulary and not isinstance(teacher, LinearLogits | Logits):
@@ -345,4 +343,4 @@ def _loss_of_arrays(
         layout=layout,
     )
     metrics = {"soft": sums["soft"], "hard": sums["hard"], "num_rows": rows.num_rows}
-    return sums["loss"], {name: jax.lax.stop_gradient(x).astype(jnp.float32) for name, x in metrics.items()}
+    return sums["loss"], metrics_of(metrics)

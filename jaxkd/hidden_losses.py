@@ -8,10 +8,9 @@ from jax.typing import ArrayLike
 
 from jaxkd.checks import check_floating, check_integer, check_labels, check_weights
 from jaxkd.logits import LinearLogits, Logits, logits_dtype
+from jaxkd.metrics import Metrics
 from jaxkd.own_loss import chunked_loss
 from jaxkd.row_divergences import RowDivergence, cosine_distance, mse
-
-Metrics = dict[str, jax.Array]
 
 
 def hidden_cosine(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkd.checks import check_same_rows, check_scalar, check_source
+from jaxkd.checks import check_same_rows, check_scalar, check_source, check_vocabulary
 from jaxkd.chunked import map_rows
 from jaxkd.divergences import forward_kl, weigh
 from jaxkd.implementation import xla_row_losses
@@ -142,8 +142,7 @@ def token_statistics(
     check_row_arguments(student, name, labels=labels, ignore_index=ignore_index, chunk_size=chunk_size)
     check_divergence(divergence)
     check_scalar("temperature", temperature, above=0)
-    if vocabulary not in ("truncate", "mask"):
-        raise ValueError(f'`vocabulary` is {vocabulary!r}; give "truncate" or "mask"')
+    check_vocabulary(vocabulary)
 
     student, teacher = jax.lax.stop_gradient((student, teacher))
     shape, student = student.leading_shape, student.flat()

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 from jaxkd.checks import check_source
 from jaxkd.chunked import sum_rows
 from jaxkd.logits import LinearLogits, Logits, Source, take_rows
+from jaxkd.metrics import Metrics, metrics_of
 from jaxkd.row_arguments import check_row_arguments, count_rows, rows_of_chunk, weighted
 
 RowFunction = Callable[..., Any]
-Metrics = dict[str, jax.Array]
 
 
 def chunked_loss(
@@ -103,7 +103,7 @@ def chunked_loss(
     loss = replace(loss, metrics=names_of_metrics(loss, student, chunk_size))
     sums = sum_rows(loss, student, rows.counts, rows.normalizer, chunk_size)
     metrics = {name: sums[name] for name in loss.metrics} | {"num_rows": rows.num_rows}
-    return sums["loss"], {name: jax.lax.stop_gradient(x).astype(jnp.float32) for name, x in metrics.items()}
+    return sums["loss"], metrics_of(metrics)
 
 
 @jax.tree_util.register_dataclass

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import torch
 
 from torch_bridge.autograd import torch_loss
@@ -67,7 +68,9 @@ def compare(comparison: Comparison) -> dict[str, float]:
         comparison.torch_loss, {name: x.to(torch.float64) for name, x in comparison.inputs.items()}
     )
     loss = torch_loss(comparison.jax_loss)
-    return errors(loss_and_gradients(lambda inputs: loss(inputs)[0], comparison.inputs), exact)
+    with jax.default_matmul_precision("highest"):  # float32 products are TF32 on a GPU otherwise
+        results = loss_and_gradients(lambda inputs: loss(inputs)[0], comparison.inputs)
+    return errors(results, exact)
 
 
 def loss_and_gradients(loss: Callable[[Tensors], torch.Tensor], inputs: Tensors) -> Tensors:

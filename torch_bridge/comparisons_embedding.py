@@ -44,8 +44,7 @@ def _comparisons(dtype: torch.dtype, device: str) -> list[Comparison]:
 
     def case(loss: str, setting: str, inputs: Tensors, **options: Any) -> Comparison:
         def of_jax(arrays: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
-            with jax.default_matmul_precision("highest"):  # float32 products are TF32 on a GPU otherwise
-                return _evaluate(embedding, loss, arrays, {name: _as_jax(x) for name, x in options.items()})
+            return _evaluate(embedding, loss, arrays, {name: _as_jax(x) for name, x in options.items()})
 
         def of_torch(tensors: Tensors) -> torch.Tensor:
             return _evaluate(dense, loss, tensors, {k: x for k, x in options.items() if k != "chunk_size"})

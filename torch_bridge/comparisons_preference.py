@@ -150,8 +150,7 @@ def _of_hidden_states(name: str, dtype: torch.dtype, device: str) -> Comparison:
 
     def of_jax(arrays: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         student = jaxkd.LinearLogits(arrays["hidden"], arrays["weight"])
-        with jax.default_matmul_precision("highest"):  # float32 products are TF32 on a GPU otherwise
-            return loss(preference, jaxkd.token_log_probs(student, _for_jax(labels), chunk_size=128), _for_jax)
+        return loss(preference, jaxkd.token_log_probs(student, _for_jax(labels), chunk_size=128), _for_jax)
 
     def of_torch(tensors: Tensors) -> torch.Tensor:
         return loss(dense, _dense_log_probs(tensors["hidden"], tensors["weight"], labels), _for_torch)

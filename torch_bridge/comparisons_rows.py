@@ -52,7 +52,7 @@ def _distillation(dtype: str, device: str) -> list[Comparison]:
             models = reference.LinearLogits(**inputs), fixed
             return reference.distillation_loss(*models, batch.labels, divergence=dense_divergence, **batch.options)[0]
 
-        return Comparison("distillation", loss, setting, batch.student, _exact(of_jax), of_torch)
+        return Comparison("distillation", loss, setting, batch.student, of_jax, of_torch)
 
     return [
         case("cosine_distance", "weights", lambda library, e, _: library.cosine_distance, SAME, WEIGHTED),
@@ -95,7 +95,7 @@ def _log_probs(dtype: str, device: str) -> list[Comparison]:
             student = reference.LinearLogits(**inputs, **rest)
             return (getattr(reference, function)(student, labels, **options) * first(upstream)).sum()
 
-        return Comparison("log-probabilities", loss, setting, inputs, _exact(of_jax), of_torch)
+        return Comparison("log-probabilities", loss, setting, inputs, of_jax, of_torch)
 
     return [
         case("token_log_probs", "NaN states", "token_log_probs", lambda x: x),
@@ -121,7 +121,7 @@ def _hidden(dtype: str, device: str) -> list[Comparison]:
             options = {"weights": weights if use_weights else None}
             return getattr(reference, name)(*states, batch.labels, projection=inputs.get("projection"), **options)[0]
 
-        return Comparison("hidden states", name, setting, inputs, _exact(of_jax), of_torch)
+        return Comparison("hidden states", name, setting, inputs, of_jax, of_torch)
 
     projected = {"student_hidden": student, "projection": projection}
     same = {"student_hidden": student[:, :40].contiguous()}
@@ -161,7 +161,7 @@ def _own(dtype: str, device: str) -> list[Comparison]:
         options = {"per_row": fixed, "shared": 2.0, "weights": weights, "normalizer": normalizer}
         return reference.chunked_loss(focal, student, batch.labels, **options)[0]
 
-    return [Comparison("distillation", "chunked_loss", "one's own: focal", batch.student, _exact(of_jax), of_torch)]
+    return [Comparison("distillation", "chunked_loss", "one's own: focal", batch.student, of_jax, of_torch)]
 
 
 def _focal(logits: jax.Array, labels: jax.Array, per_row: dict[str, jax.Array], gamma: jax.Array) -> jax.Array:
@@ -169,16 +169,6 @@ def _focal(logits: jax.Array, labels: jax.Array, per_row: dict[str, jax.Array], 
         jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], axis=1)[:, 0] for z in (logits, per_row["teacher"])
     )
     return -jnp.exp(log_p) * (-jnp.expm1(log_q)) ** gamma * log_q
-
-
-def _exact(loss: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
-    """float32 products are TF32 on a GPU otherwise."""
-
-    def exact(inputs: dict[str, Any]) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return loss(inputs)
-
-    return exact
 
 
 def _width(inputs: dict[str, Any]) -> int:

@@ -32,15 +32,14 @@ def _comparisons(dtype: str, device: str) -> list[Comparison]:
         head, arrays, labels, options = jax.tree.map(_as_jax, (batch.teacher, given, batch.labels, batch.options))
 
         def of_jax(inputs: dict[str, Any]) -> Any:
-            with jax.default_matmul_precision("highest"):  # float32 products are TF32 on a GPU otherwise
-                return jaxkd.distillation_loss(
-                    jaxkd.LinearLogits(**inputs),
-                    make(jaxkd, head, arrays),
-                    labels,
-                    divergence=pair.jax,
-                    chunk_size=CHUNK,
-                    **options,
-                )
+            return jaxkd.distillation_loss(
+                jaxkd.LinearLogits(**inputs),
+                make(jaxkd, head, arrays),
+                labels,
+                divergence=pair.jax,
+                chunk_size=CHUNK,
+                **options,
+            )
 
         def of_torch(inputs: Tensors) -> torch.Tensor:
             teacher = make(reference, {name: x.to(inputs["hidden"].dtype) for name, x in batch.teacher.items()}, given)

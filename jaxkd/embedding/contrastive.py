@@ -9,17 +9,16 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.checks import check_scalar, check_size
 from jaxkd.embedding.shared import (
-    Metrics,
     as_embeddings,
     check_counting,
     check_floating,
     check_same_type,
     chunk_size_for,
-    metrics_of,
     only,
 )
 from jaxkd.embedding.similarity import CosineLogits
 from jaxkd.logits import logits_dtype
+from jaxkd.metrics import Metrics, metrics_of
 from jaxkd.own_loss import chunked_loss
 
 
@@ -112,7 +111,7 @@ def info_nce(
         loss = (loss + backward_loss) / 2
         metrics = metrics | {"accuracy": (metrics["accuracy"] + backward["accuracy"]) / 2}
     num_rows = anchors.shape[0] if counts is None else jnp.sum(counts)
-    return loss, metrics_of(accuracy=metrics["accuracy"], num_rows=num_rows)
+    return loss, metrics_of({"accuracy": metrics["accuracy"], "num_rows": num_rows})
 
 
 def _cross_entropy(logits: Float[Array, "C M"], labels: Int[Array, " C"], per_row: Any, there: Any) -> tuple[Any, Any]:

@@ -9,13 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.checks import check_scalar
 from jaxkd.embedding.shared import (
-    Metrics,
     as_embeddings,
     check_counting,
-    metrics_of,
     weigh_rows,
 )
 from jaxkd.embedding.similarity import cosine_similarity
+from jaxkd.metrics import Metrics, metrics_of
 
 
 def cosent(
@@ -75,7 +74,7 @@ def cosent(
     counts = (row_weights != 0).astype(jnp.float32)
     before = jnp.concatenate([jnp.zeros_like(counts, shape=1), jnp.cumsum(counts)])
     num_pairs = jnp.sum(counts * before[lower_end])
-    return loss, metrics_of(num_rows=jnp.sum(counts), num_pairs=num_pairs)
+    return loss, metrics_of({"num_rows": jnp.sum(counts), "num_pairs": num_pairs})
 
 
 @jax.custom_jvp

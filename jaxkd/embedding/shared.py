@@ -9,8 +9,6 @@ from jaxkd.checks import check_scalar, check_weights
 from jaxkd.chunked import default_chunk_size
 from jaxkd.embedding.similarity import widened
 
-Metrics = dict[str, jax.Array]
-
 
 def weigh_rows(weights: Any, *embeddings: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
     """A weight for each row, and embeddings in float32 or better in which a row that does not count holds zeros."""
@@ -28,10 +26,6 @@ def only(counts: jax.Array, x: jax.Array) -> jax.Array:
 def chunk_size_for(num_rows: int, num_candidates: int, dtype: jnp.dtype) -> int:
     """At most an eighth of the rows, so that the whole never exists, and 2**28 bytes."""
     return min(default_chunk_size(num_rows, 8 * dtype.itemsize * num_candidates), -(-num_rows // 8))
-
-
-def metrics_of(**metrics: Any) -> Metrics:
-    return {name: jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for name, x in metrics.items()}
 
 
 def as_embeddings(**embeddings: Any) -> list[jax.Array]:

@@ -8,11 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd.checks import check_integer
-from jaxkd.embedding.shared import (
-    Metrics,
-    metrics_of,
-)
 from jaxkd.embedding.similarity import unit, widened
+from jaxkd.metrics import Metrics, metrics_of
 
 
 def matryoshka(
@@ -79,6 +76,6 @@ def matryoshka(
             value, parts = loss(*args, **kwargs)
             losses.append(factor * value)
             metrics |= {f"{name}_{dim}": x for name, x in {"loss": value, **parts}.items()}
-        return sum(losses[1:], losses[0]), metrics_of(**metrics)
+        return sum(losses[1:], losses[0]), metrics_of(metrics)
 
     return total_loss

@@ -9,15 +9,14 @@ from jax.typing import ArrayLike
 
 from jaxkd.checks import check_scalar, check_size
 from jaxkd.embedding.shared import (
-    Metrics,
     as_embeddings,
     check_counting,
     chunk_size_for,
-    metrics_of,
     weigh_rows,
 )
 from jaxkd.embedding.similarity import Distance, euclidean
 from jaxkd.logits import logits_dtype
+from jaxkd.metrics import Metrics, metrics_of
 from jaxkd.row_arguments import weighted
 
 
@@ -153,12 +152,13 @@ def _triplet(
 
     near, far = distance(anchors, positives), distance(anchors, negatives)
     loss = jax.nn.softplus(near - far) if margin is None else jax.nn.relu(near - far + jnp.asarray(margin, near.dtype))
-    return mean(loss), metrics_of(
-        positive_distance=mean(near),
-        negative_distance=mean(far),
-        accuracy=mean((near < far).astype(near.dtype)),
-        num_rows=jnp.sum(weights != 0),
-    )
+    metrics = {
+        "positive_distance": mean(near),
+        "negative_distance": mean(far),
+        "accuracy": mean((near < far).astype(near.dtype)),
+        "num_rows": jnp.sum(weights != 0),
+    }
+    return mean(loss), metrics_of(metrics)
 
 
 def _check_margin(margin: Any) -> None:

@@ -9,8 +9,8 @@ from jax.nn import log_sigmoid
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxkd.checks import check_floating, check_scalar, check_weights, known_value
+from jaxkd.metrics import Metrics, metrics_of
 
-Metrics = dict[str, jax.Array]
 Result = tuple[jax.Array, Metrics]
 
 
@@ -32,8 +32,8 @@ class Mean:
 
 
 def result(loss: jax.Array, metrics: Metrics) -> Result:
-    """What every loss returns: metrics are float32 and carry no gradient."""
-    return loss, {name: jax.lax.stop_gradient(x).astype(jnp.float32) for name, x in metrics.items()}
+    """What every loss returns."""
+    return loss, metrics_of(metrics)
 
 
 @dataclass(frozen=True)
