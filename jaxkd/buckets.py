@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkd.divergences import Divergence
-from jaxkd.rows import RowOptions, RowResult, at_label
+from jaxkd.rows import RowOptions, RowResult, at_label, hard_gradient
 
 
 class Partition(NamedTuple):
@@ -111,6 +111,5 @@ def row_losses(
     scale = (soft_scale / temperature)[:, None]
     d = jnp.where(scale == 0, 0, scale * d)
     if options.has_labels:
-        d_hard = jnp.exp(log_q) - jax.nn.one_hot(labels, student.shape[1], dtype=d.dtype)
-        d = d + jnp.where(hard_scale[:, None] == 0, 0, hard_scale[:, None] * d_hard)
+        d = d + hard_gradient(log_q, labels, hard_scale)
     return soft, hard, d.astype(options.gradient_dtype)

@@ -93,8 +93,7 @@ def row_losses(
     d = jnp.where(scale == 0, 0, scale * d)[:, :width]
     d = jnp.pad(d, ((0, 0), (0, width - d.shape[1])))
     if options.has_labels:
-        d_hard = jnp.exp(plain_log_q) - jax.nn.one_hot(labels, width, dtype=d.dtype)
-        d = d + jnp.where(hard_scale[:, None] == 0, 0, hard_scale[:, None] * d_hard)
+        d = d + hard_gradient(plain_log_q, labels, hard_scale)
     return soft, hard, d.astype(options.gradient_dtype)
 
 
@@ -138,6 +137,15 @@ def at_label(x: Float[Array, "C V"], labels: Int[Array, " C"], axes: Axes = ()) 
     if not axes:
         return found
     return psum(jnp.where((labels >= 0) & (labels < x.shape[1]), found, 0), axes)
+
+
+def hard_gradient(
+    log_q: Float[Array, "C V"], labels: Int[Array, " C"], hard_scale: Float[Array, " C"]
+) -> Float[Array, "C V"]:
+    """Of ``sum(hard_scale * hard)``, to the student's logits: 0 in a row of scale 0 whatever it holds."""
+    scale = hard_scale[:, None]
+    d = jnp.exp(log_q) - jax.nn.one_hot(labels, log_q.shape[1], dtype=log_q.dtype)
+    return jnp.where(scale == 0, 0, scale * d)
 
 
 def hard_loss(
