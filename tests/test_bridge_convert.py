@@ -39,6 +39,23 @@ def test_borrowing_shares_memory_and_converting_does_not(dtype):
     assert to_torch(array).data_ptr() != array.unsafe_buffer_pointer()
 
 
+def crosses_from_the_middle(device):
+    """A slice starts at any byte; what JAX makes of it is to be computed with."""
+    whole = torch.arange(64.0, device=device)
+    for start in range(1, 6):
+        for convert in (to_jax, borrow_as_jax):
+            assert float(jax.jit(jnp.sum)(convert(whole[start:]))) == float(whole[start:].sum())
+
+
+def test_a_slice():
+    crosses_from_the_middle("cpu")
+
+
+@pytest.mark.gpu
+def test_a_slice_on_cuda():
+    crosses_from_the_middle("cuda")
+
+
 def test_torch_cannot_write_into_a_converted_array():
     tensor = torch.zeros(64)
     array = to_jax(tensor)

@@ -22,7 +22,8 @@ EIGHT_DEVICES = "--xla_force_host_platform_device_count=8 --xla_backend_optimiza
 
 def start(arguments, flags):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,

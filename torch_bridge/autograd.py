@@ -35,8 +35,8 @@ def torch_loss(function: Callable[..., Any], **options: Any) -> Callable[..., tu
       A function of the same arguments, more options included, that returns ``loss`` and ``metrics`` as tensors.
       Tensors and arrays are traced; everything else, Python numbers too, is a constant of the compiled loss, so hand
       over a number that changes every step as a tensor. Tensors are read in place, on CPU or CUDA; only those that are
-      not contiguous are copied, and int64 ones are cast to int32 (saturating) unless JAX runs with x64. The call
-      returns when JAX is done, so the tensors may be changed right after.
+      not contiguous or not aligned are copied, and int64 ones are cast to int32 (saturating) unless JAX runs with x64.
+      The call returns when JAX is done, so the tensors may be changed right after.
 
     Raises:
       TypeError, ValueError: a tensor cannot cross to JAX (see `borrow_as_jax`), or what `function` raises.

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import torch
 
+ALIGNMENT = 16  # bytes: XLA's kernels on a GPU count on it (on a CPU JAX copies what is misaligned for it)
+
 
 def to_torch(array: jax.Array) -> torch.Tensor:
     """A tensor with the array's values, dtype and device, in memory of its own.
@@ -78,6 +80,8 @@ def borrow_as_jax(tensor: torch.Tensor) -> jax.Array:
         raise ValueError(f"`tensor`, a {kind}, cannot cross, for this JAX has no CUDA device: use tensor.cpu()")
     if not tensor.is_contiguous():
         raise ValueError(f"`tensor`, a {kind}, has strides {tensor.stride()}: pass tensor.contiguous()")
+    if tensor.data_ptr() % ALIGNMENT:  # a slice of a tensor, say: XLA takes it in and refuses to compute with it
+        tensor = tensor.clone()
     array = jax.dlpack.from_dlpack(tensor)
     if array.dtype.itemsize != tensor.element_size():
         raise TypeError(
