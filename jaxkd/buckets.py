@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkd.divergences import Divergence
+from jaxkd.logits import Place, placed
 from jaxkd.rows import RowOptions, RowResult, at_label, hard_gradient
 
 
@@ -87,6 +88,7 @@ def row_losses(
     temperature: Float[Array, ""],
     divergence: Divergence,
     options: RowOptions,
+    place: Place | None = None,
 ) -> RowResult:
     """As `jaxkd.rows.row_losses`, for a teacher that is compared by buckets."""
     partition = teacher.partition(student.shape[1])
@@ -112,4 +114,4 @@ def row_losses(
     d = jnp.where(scale == 0, 0, scale * d)
     if options.has_labels:
         d = d + hard_gradient(log_q, labels, hard_scale)
-    return soft, hard, d.astype(options.gradient_dtype)
+    return soft, hard, placed(d.astype(options.gradient_dtype), place)

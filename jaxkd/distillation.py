@@ -13,7 +13,7 @@ from jaxkd.checks import check_same_rows, check_scalar, check_source, check_voca
 from jaxkd.chunked import sum_rows
 from jaxkd.divergences import forward_kl, jensen_shannon
 from jaxkd.implementation import Chunk, RowLosses, row_losses_for
-from jaxkd.logits import LinearLogits, Logits, Source, take_rows
+from jaxkd.logits import LinearLogits, Logits, Place, Source, take_rows
 from jaxkd.metrics import Metrics, metrics_of
 from jaxkd.row_arguments import check_row_arguments, count_rows, rows_of_chunk, weighted
 from jaxkd.row_divergences import AnyDivergence, check_divergence
@@ -69,7 +69,8 @@ def distillation_loss(
         batch, the losses and gradients of its micro-batches add up to those of the whole.
       vocabulary: for models of different widths: "truncate" compares the common first columns, both sides renormalised
         over them; "mask" gives a side -inf where it has no token.
-      chunk_size: rows whose logits exist at a time, at most; None chooses by the widths of the vocabularies.
+      chunk_size: rows whose logits, or gradients of these, exist at a time, at most; None chooses by the widths of the
+        vocabularies.
       implementation: "mosaic" (the kernel for Hopper GPUs), "triton" (the kernel for CUDA GPUs), "xla", or None for the
         first of these that can run the call.
       sharding: a `Sharding` that says which axes of a device mesh hold the rows and the vocabulary, or None for one
@@ -198,7 +199,9 @@ class _RowLoss:
             weights=take_rows(self.weights, index),
         )
 
-    def __call__(self, logits: Float[Array, "C V"], gradient_dtype: Any) -> tuple[Metrics, Float[Array, "C V"] | None]:
+    def __call__(
+        self, logits: Float[Array, "C V"], gradient_dtype: Any, place: Place | None
+    ) -> tuple[Metrics, jax.Array | None]:
         soft_scale, hard_scale = self.soft_weight * self.weights, self.hard_weight * self.weights
         soft, hard, gradient = self.row_losses(
             logits,
@@ -209,6 +212,7 @@ class _RowLoss:
             self.temperature,
             self.divergence,
             replace(self.options, gradient_dtype=gradient_dtype),
+            place,
         )
         sums = {
             "loss": weighted(soft_scale, soft) + weighted(hard_scale, hard),
@@ -306,9 +310,9 @@ def _loss_of_arrays(
     student, teacher = layout.flat(student, teacher, truncate=options.vocabulary == "truncate")
     teacher, dtype = teacher.prepared(), student.dtype
 
-    chunk_size = rows_of_chunk(chunk_size, student, teacher, layout=layout)
+    chunks = rows_of_chunk(chunk_size, student, teacher, layout=layout)
     chunk = Chunk(
-        layout.gather_size * chunk_size,
+        layout.gather_size * chunks.size,
         layout.local_width(student.vocabulary),
         layout.local_width(teacher.vocabulary),
         dtype,
@@ -339,7 +343,7 @@ def _loss_of_arrays(
         student,
         counts=rows.counts,
         normalizer=rows.normalizer,
-        chunk_size=chunk_size,
+        chunks=chunks,
         layout=layout,
     )
     metrics = {"soft": sums["soft"], "hard": sums["hard"], "num_rows": rows.num_rows}

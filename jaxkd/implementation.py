@@ -141,16 +141,18 @@ def _default_device() -> jax.Device:
 
 def _cuda_else_xla(name: str, *arguments: Any) -> rows.RowResult:
     """The kernel where the computation is compiled for CUDA, XLA where it is compiled for something else."""
-    *arrays, options = arguments
+    *arrays, options, place = arguments
     return jax.lax.platform_dependent(
         *arrays,
+        place,
         cuda=partial(_call, _kernels[name].row_losses, options),
         default=partial(_call, rows.row_losses, options),
     )
 
 
 def _call(row_losses: RowLosses, options: rows.RowOptions, *arrays: Any) -> rows.RowResult:
-    return row_losses(*arrays, options)
+    *arguments, place = arrays
+    return row_losses(*arguments, options, place)
 
 
 # One object each: the functions are part of what `jax.jit` caches on.

@@ -148,11 +148,11 @@ def token_statistics(
     shape, student = student.leading_shape, student.flat()
     teachers = () if teacher is None else (teacher.flat().prepared(),)
     rows = count_rows(student, labels, ignore_index=ignore_index)
-    chunk_size = rows_of_chunk(chunk_size, student, *teachers)
+    chunks = rows_of_chunk(chunk_size, student, *teachers)
     shared = jnp.asarray(temperature, student.dtype), jax.tree.map(lambda x: jnp.asarray(x, student.dtype), divergence)
     loss = FunctionLoss(_Statistics(vocabulary), rows.labels, rows.weights, teachers, shared)
-    loss = replace(loss, metrics=names_of_metrics(loss, student, chunk_size))
-    values = map_rows(loss, student, rows.counts, chunk_size)
+    loss = replace(loss, metrics=names_of_metrics(loss, student, chunks.piece))
+    values = map_rows(loss, student, rows.counts, chunks)
     # float32 holds token ids up to 2**24.
     values["top"] = jnp.where(rows.weights == 1, values["top"], -1).astype(jnp.int32)
     return {name: jnp.reshape(values[name], shape) for name in loss.metrics}

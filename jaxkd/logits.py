@@ -7,7 +7,7 @@ loop in `jaxkd.chunked` takes a chunk of rows from it, asks for their logits, an
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,11 @@ class LinearLogits:
         return self.dtype if exact else self.hidden.dtype
 
     @property
+    def is_linear(self) -> bool:
+        """Whether `product_pullback` is all of the pullback, which then needs no logits."""
+        return not self._is_transformed
+
+    @property
     def _is_transformed(self) -> bool:
         return any(x is not None for x in (self.bias, self.scale, self.softcap))
 
@@ -88,14 +93,14 @@ class LinearLogits:
         """
         product = self._product()
         if not self._is_transformed:
-            return product, self._product_pullback
+            return product, self.product_pullback
 
         def pullback(dlogits: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
             _, transform_pullback = jax.vjp(self._transform, product, self.bias, self.scale, self.softcap)
             dproduct, *rest = transform_pullback(dlogits)
             gradients = dict(zip(("bias", "scale", "softcap"), rest, strict=True))
             gradients = {k: v.astype(self.dtype) for k, v in gradients.items() if k in wanted}
-            return gradients | self._product_pullback(dproduct, wanted)
+            return gradients | self.product_pullback(dproduct, wanted)
 
         return self._transform(product, self.bias, self.scale, self.softcap), pullback
 
@@ -113,7 +118,7 @@ class LinearLogits:
             z = softcap * jnp.tanh(z / softcap)
         return z
 
-    def _product_pullback(self, dproduct: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
+    def product_pullback(self, dproduct: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
         """Both products run in the type of the hidden states, with the logits' gradient rounded to it."""
         scale = power_of_two_into_range(dproduct) if self.hidden.dtype == jnp.float16 else None
         d = dproduct if scale is None else dproduct * scale
@@ -170,6 +175,20 @@ class Logits:
 
 
 Source: TypeAlias = LinearLogits | Logits
+
+
+class Place(NamedTuple):
+    """Where the gradient of some rows' logits goes: into ``rows`` from row ``first`` on."""
+
+    rows: Float[Array, "_ V"]
+    first: Int[Array, ""]
+
+
+def placed(gradient: Float[Array, "C V"], place: Place | None) -> Float[Array, "_ V"]:
+    """The rows of ``place`` with the gradient among them, or the gradient alone."""
+    if place is None:
+        return gradient
+    return jax.lax.dynamic_update_slice_in_dim(place.rows, gradient.astype(place.rows.dtype), place.first, axis=0)
 
 
 def logits_dtype(x: Any) -> jnp.dtype:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.checks import check_source
 from jaxkd.chunked import sum_rows
-from jaxkd.logits import LinearLogits, Logits, Source, take_rows
+from jaxkd.logits import LinearLogits, Logits, Place, Source, placed, take_rows
 from jaxkd.metrics import Metrics, metrics_of
 from jaxkd.row_arguments import check_row_arguments, count_rows, rows_of_chunk, weighted
 
@@ -97,11 +97,11 @@ def chunked_loss(
     student = student.flat()
     per_row = jax.tree.map(lambda x: _flat(x, depth), per_row, is_leaf=_is_source)
     teachers = [x for x in jax.tree.leaves(per_row, is_leaf=_is_source) if _is_source(x)]
-    chunk_size = rows_of_chunk(chunk_size, student, *teachers)
+    chunks = rows_of_chunk(chunk_size, student, *teachers)
     rows = count_rows(student, labels, weights, normalizer, ignore_index)
     loss = FunctionLoss(function, rows.labels, rows.weights, per_row, jax.tree.map(jnp.asarray, shared))
-    loss = replace(loss, metrics=names_of_metrics(loss, student, chunk_size))
-    sums = sum_rows(loss, student, rows.counts, rows.normalizer, chunk_size)
+    loss = replace(loss, metrics=names_of_metrics(loss, student, chunks.piece))
+    sums = sum_rows(loss, student, rows.counts, rows.normalizer, chunks)
     metrics = {name: sums[name] for name in loss.metrics} | {"num_rows": rows.num_rows}
     return sums["loss"], metrics_of(metrics)
 
@@ -136,14 +136,16 @@ class FunctionLoss:
     def weighted(self, weights: Float[Array, " N"]) -> "FunctionLoss":
         return replace(self, weights=weighted(self.weights, weights))
 
-    def __call__(self, logits: Float[Array, "C V"], gradient_dtype: Any) -> tuple[Metrics, Float[Array, "C V"] | None]:
+    def __call__(
+        self, logits: Float[Array, "C V"], gradient_dtype: Any, place: Place | None
+    ) -> tuple[Metrics, jax.Array | None]:
         if gradient_dtype is None:
             loss, metrics = self.rows(logits)
             gradient = None
         else:
             loss, pullback, metrics = jax.vjp(self.rows, logits, has_aux=True)
             (gradient,) = pullback(self.weights)
-            gradient = jnp.where(self.weights[:, None] == 0, 0, gradient).astype(gradient_dtype)
+            gradient = placed(jnp.where(self.weights[:, None] == 0, 0, gradient).astype(gradient_dtype), place)
         return {name: weighted(self.weights, x) for name, x in {"loss": loss, **metrics}.items()}, gradient
 
     def rows(self, logits: Float[Array, "C V"]) -> tuple[Float[Array, " C"], Metrics]:

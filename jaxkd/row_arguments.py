@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd.checks import check_integer, check_labels, check_scalar, check_size, check_weights
-from jaxkd.chunked import ONE_DEVICE, default_chunk_size
-from jaxkd.logits import Source
+from jaxkd.chunked import ONE_DEVICE, Chunks, default_chunk_size, in_pieces
+from jaxkd.logits import LinearLogits, Source
 from jaxkd.sharding import Layout
 
 
@@ -79,13 +79,16 @@ def count_rows(
     )
 
 
-def rows_of_chunk(chunk_size: int | None, student: Source, *others: Any, layout: Layout = ONE_DEVICE) -> int:
-    """``chunk_size``, or one chosen by the widths; never more than a device has rows."""
+def rows_of_chunk(chunk_size: int | None, student: Source, *others: Any, layout: Layout = ONE_DEVICE) -> Chunks:
+    """``chunk_size``, or one chosen by the widths, and in how many pieces; hardly more than a device has rows."""
     num_rows = layout.local_rows(student.leading_shape[0])
-    if chunk_size is None:
-        width = layout.gather_size * sum(layout.local_width(source.vocabulary) for source in (student, *others))
-        chunk_size = default_chunk_size(num_rows, width * student.dtype.itemsize)
-    return max(min(chunk_size, num_rows), 1)
+    width = layout.gather_size * sum(layout.local_width(source.vocabulary) for source in (student, *others))
+    bytes_per_row = width * student.dtype.itemsize
+    size = default_chunk_size(num_rows, bytes_per_row) if chunk_size is None else chunk_size
+    size = max(min(size, num_rows), 1)
+    if not (isinstance(student, LinearLogits) and student.is_linear):
+        return Chunks(size, size)
+    return in_pieces(size, bytes_per_row, largest=chunk_size or 2 * size)
 
 
 def weighted(weights: jax.Array, x: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.checks import check_scalar, check_size
 from jaxkd.divergences import Divergence
-from jaxkd.logits import logits_dtype
+from jaxkd.logits import Place, logits_dtype, placed
 from jaxkd.rows import RowOptions, RowResult, align, at_label
 
 
@@ -60,6 +60,7 @@ def row_losses(
     temperature: Float[Array, ""],
     divergence: RowDivergence,
     options: RowOptions,
+    place: Place | None = None,
 ) -> RowResult:
     """As `jaxkd.rows.row_losses`, for a divergence of whole rows."""
 
@@ -82,7 +83,9 @@ def row_losses(
             losses.append(loss)
             gradient = gradient + jnp.where(scale[:, None] == 0, 0, pullback(scale)[0])
     soft_loss, hard_loss = jnp.maximum(losses[0], 0), losses[1]  # only rounding takes it below 0
-    return soft_loss, hard_loss, None if options.gradient_dtype is None else gradient.astype(options.gradient_dtype)
+    if options.gradient_dtype is None:
+        return soft_loss, hard_loss, None
+    return soft_loss, hard_loss, placed(gradient.astype(options.gradient_dtype), place)
 
 
 def _open(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

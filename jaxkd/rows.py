@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import Divergence
+from jaxkd.logits import Place, placed
 from jaxkd.sharding import Axes, psum
 
-RowResult: TypeAlias = tuple[Float[Array, " C"], Float[Array, " C"], Float[Array, "C V"] | None]
+RowResult: TypeAlias = tuple[Float[Array, " C"], Float[Array, " C"], Float[Array, "_ V"] | None]
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ def row_losses(
     temperature: Float[Array, ""],
     divergence: Divergence,
     options: RowOptions,
+    place: Place | None = None,
 ) -> RowResult:
     """Soft and hard loss of each row, and the gradient of ``sum(soft_scale * soft + hard_scale * hard)``.
 
     soft = D(softmax(teacher / temperature), softmax(student / temperature)) over the common vocabulary;
     hard = -log softmax(student)[label], over the student's, and 0 without labels.
-    With ``slope = d term / d log q`` the gradient of soft is ``(slope - q sum(slope)) / temperature``.
+    With ``slope = d term / d log q`` the gradient of soft is ``(slope - q sum(slope)) / temperature``. What comes back
+    of the gradient is `placed`.
     """
     width, shards = student.shape[1], options.shards
     axes = () if shards is None else shards.axes
@@ -94,7 +97,7 @@ def row_losses(
     d = jnp.pad(d, ((0, 0), (0, width - d.shape[1])))
     if options.has_labels:
         d = d + hard_gradient(plain_log_q, labels, hard_scale)
-    return soft, hard, d.astype(options.gradient_dtype)
+    return soft, hard, placed(d.astype(options.gradient_dtype), place)
 
 
 def align(student: jax.Array, teacher: jax.Array, vocabulary: str) -> tuple[jax.Array, jax.Array]:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import Divergence
 from jaxkd.kernel_math import LN2, LOG2E, LOWEST, base_2_term_and_slope_of
+from jaxkd.logits import Place
 from jaxkd.rows import RowOptions, RowResult, hard_loss
 
 # Knobs.
@@ -198,7 +199,7 @@ def _kernel(
     soft_scales,
     hard_scales,
     temperature,
-    *refs,
+    *refs,  # the divergence's parameters; of a gradient its first row (1,) and where it goes; outputs; shared memory
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]],
     slope_sum: float | None,
     num_parameters: int,
@@ -207,8 +208,9 @@ def _kernel(
 ):
     has_gradient = options.gradient_dtype is not None
     parameter_refs, refs = refs[:num_parameters], refs[num_parameters:]
-    soft_out, top_out, log_total_out, *gradient_out = refs[: 3 + has_gradient]
-    own, teachers, first_slot, second_slot, student_arrived, teacher_arrived, barriers = refs[3 + has_gradient :]
+    target, refs = refs[: 2 * has_gradient], refs[2 * has_gradient :]
+    soft_out, top_out, log_total_out, *shared = refs
+    own, teachers, first_slot, second_slot, student_arrived, teacher_arrived, barriers = shared
     if has_gradient:
         own, gradient = own
 
@@ -302,13 +304,14 @@ def _kernel(
     soft_scale, hard_scale = soft_scales[row] * inverse_temperature, hard_scales[row]
     label = labels[row] - start
 
-    def gradient_at(at: int, slope: jax.Array, slope_sum: jax.Array | float) -> jax.Array:
-        z = load(own, at)
-        q = jnp.exp2(log2_probability(z, student_spread, tempered))
+    def probability(at: jax.Array | int) -> jax.Array:
+        return jnp.exp2(log2_probability(load(own, at), student_spread, tempered))
+
+    def gradient_at(at: jax.Array | int, q: jax.Array, slope: jax.Array, slope_sum: jax.Array | float) -> jax.Array:
         d = jnp.where(soft_scale == 0, 0.0, soft_scale * (slope - q * slope_sum))
         if options.has_labels:
             if not one_normalizer:
-                q = jnp.exp2(log2_probability(z, plain_spread, LOG2E))
+                q = jnp.exp2(log2_probability(load(own, at), plain_spread, LOG2E))
             d += jnp.where(hard_scale == 0, 0.0, hard_scale * jnp.where(column(at) == label, q - 1, q))
         return d.astype(options.gradient_dtype)
 
@@ -316,7 +319,9 @@ def _kernel(
         """Into the memory of the student's logits, when all have read them, and from there out."""
 
         def copy_out(columns: int) -> None:
-            plgpu.copy_smem_to_gmem(gradient.at[pl.ds(0, columns)], gradient_out[0].at[pl.ds(offset, columns)])
+            first_row, rows = target
+            place = rows.at[pl.ds(first_row[0] * width + offset, columns)]
+            plgpu.copy_smem_to_gmem(gradient.at[pl.ds(0, columns)], place)
 
         _block_barrier()
         for i, values in enumerate(gradients):
@@ -325,18 +330,21 @@ def _kernel(
         pl.when(is_last)(lambda: copy_out(last_columns))
         pl.when(~is_last)(lambda: copy_out(columns))
 
-    # Pass 2: the loss and the sum of the slopes; the slopes take the place of the teacher's logits.
+    # Pass 2: the loss and the sum of the slopes. The slopes take the place of the teacher's logits, and the student's
+    # probabilities that of its logits unless those without temperature are needed too.
     def add(at, sums):
         term, slope = term_and_slope_at(at)
         if has_gradient:
             teachers[pl.ds(at, STEP)] = slope
+            if one_normalizer:
+                own[pl.ds(at, STEP)] = probability(at)
         return tuple(sum_ + x for sum_, x in zip(sums, (term, slope), strict=False))
 
     if has_gradient and slope_sum is not None:  # no other pass is needed
         gradients, total = [], zeros()
         for at in range(0, steps * STEP, STEP):
             term, slope = term_and_slope_at(at)
-            gradients.append(gradient_at(at, slope, slope_sum))
+            gradients.append(gradient_at(at, probability(at), slope, slope_sum))
             total += term
         write(gradients)
         totals = [total]
@@ -355,7 +363,8 @@ def _kernel(
     # Pass 3: the gradient.
     if slope_sums:
         everywhere = _spread(slope_sums[0])
-        write([gradient_at(at, load(teachers, at), everywhere) for at in range(0, steps * STEP, STEP)])
+        q_at = partial(load, own) if one_normalizer else probability
+        write([gradient_at(at, q_at(at), load(teachers, at), everywhere) for at in range(0, steps * STEP, STEP)])
     if has_gradient:
         plgpu.wait_smem_to_gmem(0)
 
@@ -372,8 +381,12 @@ def row_losses(
     temperature: Float[Array, ""],
     divergence: Divergence,
     options: RowOptions,
+    place: Place | None = None,
 ) -> RowResult:
-    """`jaxkd.rows.row_losses` as one kernel: float32 logits in, losses and a gradient of any floating type out."""
+    """`jaxkd.rows.row_losses` as one kernel: float32 logits in, losses and a gradient of any floating type out.
+
+    The gradient is written to its place: no copy is made of the rows there.
+    """
     rows, width = student.shape
     parameters = [jnp.asarray(x, jnp.float32).reshape(1) for x in divergence.parameters]
     buffer = plgpu.SMEM((padded(part_width(width)),), jnp.float32)
@@ -381,11 +394,14 @@ def row_losses(
     arrived = plgpu.Barrier(num_arrivals=1)
     out_type = [jax.ShapeDtypeStruct((rows * LANES,), jnp.float32)] * 3
     own: Any = buffer
+    target: list[Any] = []
     if options.gradient_dtype is not None:
-        out_type.append(jax.ShapeDtypeStruct((rows * width,), options.gradient_dtype))
-        own = plgpu.RefUnion(buffer, plgpu.SMEM(buffer.shape, options.gradient_dtype))
+        if place is None:
+            place = Place(jax.lax.empty((rows, width), options.gradient_dtype), jnp.asarray(0))
+        target = [jnp.reshape(place.first, (1,)).astype(jnp.int32), jax.new_ref(place.rows.reshape(-1))]
+        own = plgpu.RefUnion(buffer, plgpu.SMEM(buffer.shape, place.rows.dtype))
 
-    soft, top, log_total, *gradient = plgpu.kernel(
+    soft, top, log_total = plgpu.kernel(
         partial(
             _kernel,
             term_and_slope=base_2_term_and_slope_of(divergence),
@@ -414,7 +430,8 @@ def row_losses(
         hard_scale,
         jnp.reshape(temperature, (1,)),
         *parameters,
+        *target,
     )
     soft, top, log_total = soft[::LANES], top[::LANES], log_total[::LANES]
     hard = hard_loss(student, top, log_total, labels) if options.has_labels else jnp.zeros_like(soft)
-    return soft, hard, gradient[0].reshape(rows, width) if gradient else None
+    return soft, hard, jax.freeze(target[1]).reshape(place.rows.shape) if place else None

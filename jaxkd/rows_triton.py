@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import Divergence
 from jaxkd.kernel_math import LOWEST, log_probability, term_and_slope_of
+from jaxkd.logits import Place
 from jaxkd.rows import RowOptions, RowResult, hard_loss
 
 # Knobs. Block size and warps change an H100's time by less than 10 %.
@@ -74,14 +75,18 @@ def _kernel(
     soft_scale_ref,
     hard_scale_ref,
     temperature_ref,
-    *refs,  # the divergence's parameters, then the outputs: soft (), top (), log_total (), gradient (V,) if wanted
+    *refs,  # the divergence's parameters; the place of the gradient, its first row () and all rows there; outputs: soft
+    # (), top (), log_total () and these rows once more
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]],
     num_parameters: int,
     options: RowOptions,
     block: int,
+    num_outputs: int,
 ):
     parameters = [ref[...] for ref in refs[:num_parameters]]
-    soft_ref, top_ref, log_total_ref, *gradient_ref = refs[num_parameters:]
+    place, outputs = refs[num_parameters:-num_outputs], refs[-num_outputs:]
+    soft_ref, top_ref, log_total_ref, *gradient_ref = outputs
+    row = place[0][...] + pl.program_id(0) if place else None
     segments = _segments(student_ref.shape[0], teacher_ref.shape[0], options.vocabulary)
     inverse_temperature = 1 / temperature_ref[...]
     one_normalizer = not options.is_tempered and all(compared for *_, compared in segments)
@@ -158,7 +163,7 @@ def _kernel(
                 q = jnp.exp(log_probability(load(student_ref, at, mask, True), plain_normalizer))
                 one_hot = at + jnp.arange(block, dtype=jnp.int32) == label
                 d = d + jnp.where(hard_scale == 0, 0, hard_scale * jnp.where(one_hot, q - 1, q))
-            plgpu.store(gradient_ref[0].at[pl.ds(at, block)], d.astype(gradient_ref[0].dtype), mask=mask)
+            plgpu.store(gradient_ref[0].at[row, pl.ds(at, block)], d.astype(gradient_ref[0].dtype), mask=mask)
             return carry
 
         _sweep(segment, block, write, 0)
@@ -176,6 +181,7 @@ def row_losses(
     temperature: Float[Array, ""],
     divergence: Divergence,
     options: RowOptions,
+    place: Place | None = None,
 ) -> RowResult:
     """`jaxkd.rows.row_losses` as one kernel: float32 logits in, losses and a gradient of any floating type out."""
     rows, width = student.shape
@@ -190,9 +196,16 @@ def row_losses(
     everywhere = pl.BlockSpec((None,), lambda i: (0,))
     numbers = jax.ShapeDtypeStruct((rows,), jnp.float32)
     out_shape, out_specs = [numbers] * 3, [each_row] * 3
+    target: list[jax.Array] = []
+    target_specs, aliases = [], {}
     if options.gradient_dtype is not None:
-        out_shape.append(jax.ShapeDtypeStruct((rows, width), options.gradient_dtype))
-        out_specs.append(row(width))
+        if place is None:
+            place = Place(jax.lax.empty((rows, width), options.gradient_dtype), jnp.asarray(0, jnp.int32))
+        all_rows = pl.BlockSpec(place.rows.shape, lambda i: (0, 0))
+        target, target_specs = [jnp.reshape(place.first, (1,)), place.rows], [everywhere, all_rows]
+        aliases = {6 + len(parameters) + 1: len(out_shape)}  # no copy is made of the rows
+        out_shape.append(jax.ShapeDtypeStruct(place.rows.shape, place.rows.dtype))
+        out_specs.append(all_rows)
 
     soft, top, log_total, *gradient = pl.pallas_call(
         partial(
@@ -201,12 +214,15 @@ def row_losses(
             num_parameters=len(parameters),
             options=options,
             block=block,
+            num_outputs=len(out_shape),
         ),
         grid=(rows,),
         in_specs=[row(width), row(teacher_width), each_row, each_row, each_row, everywhere]
-        + [everywhere] * len(parameters),
+        + [everywhere] * len(parameters)
+        + target_specs,
         out_specs=out_specs,
         out_shape=out_shape,
+        input_output_aliases=aliases,
         compiler_params=plgpu.CompilerParams(num_warps=NUM_WARPS, num_stages=NUM_STAGES),
         interpret=INTERPRET,
         name="jaxkd_rows",
@@ -218,6 +234,7 @@ def row_losses(
         hard_scale,
         jnp.reshape(temperature, (1,)),
         *parameters,
+        *target,
     )
     hard = hard_loss(student, top, log_total, labels) if options.has_labels else jnp.zeros_like(soft)
     return soft, hard, gradient[0] if gradient else None

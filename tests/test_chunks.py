@@ -3,12 +3,15 @@
 import cases
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import jaxkd
+from jaxkd import chunked
+from jaxkd.row_arguments import rows_of_chunk
 
 DIVERGENCE = "jensen_shannon_0.1"
 OPTIONS = {"temperature": 1.5, "hard_weight": 0.5}
@@ -90,3 +93,88 @@ def test_no_rows_at_all(shape):
     assert loss == 0
     assert metrics["num_rows"] == 0
     assert not any(np.any(x) for x in jax.tree.leaves(gradient))
+
+
+class TestPieces:
+    """A chunk whose logits are formed a piece at a time."""
+
+    @pytest.fixture(autouse=True)
+    def _small_pieces(self, monkeypatch):
+        monkeypatch.setattr(chunked, "PIECE_BYTES", 6 * 2 * 123 * 4)  # six rows of student and teacher
+
+    @pytest.mark.parametrize("chunk_size", [5, 6, 7, 12, 16, 37, 4096, None])
+    @pytest.mark.parametrize("ignored", [0.0, 0.6, 1.0])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_any_chunk_size(self, chunk_size, ignored, dtype):
+        student = cases.head(0, 37, 8, 123).astype(dtype)
+        teacher = cases.head(1, 37, 5, 123).astype(dtype)
+        labels = cases.some_labels(2, 37, 123, ignored=ignored) if ignored else None
+        options = OPTIONS if ignored else {"temperature": 1.5}
+        result = cases.value_and_grad(
+            student, teacher, labels, divergence=cases.DIVERGENCES[DIVERGENCE].make(), chunk_size=chunk_size, **options
+        )
+        truth = cases.distillation(cases.twin(student), cases.twin(teacher), labels, divergence=DIVERGENCE, **options)
+        cases.check(result, truth, loss=3e-6, gradient=1e-5 if dtype == jnp.float32 else 5e-3)
+
+    @pytest.mark.parametrize("transform", [{"bias": True}, {"scale": 0.5}, {"softcap": 20.0}])
+    def test_a_head_that_needs_its_logits_again(self, transform):
+        student, teacher = (cases.head(seed, 37, 8, 123, **transform).astype(jnp.float32) for seed in (0, 1))
+        result = cases.value_and_grad(student, teacher, divergence=jaxkd.forward_kl, chunk_size=16)
+        truth = cases.distillation(cases.twin(student), cases.twin(teacher), divergence="forward_kl")
+        cases.check(result, truth, loss=3e-6, gradient=1e-5)
+
+    def test_only_a_piece_of_logits(self):
+        student, teacher = (cases.head(seed, 64, 8, 123).astype(jnp.bfloat16) for seed in (0, 1))
+
+        def loss(student):
+            return jaxkd.distillation_loss(student, teacher, chunk_size=32)[0]
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(student)
+        wide = {
+            (v.aval.shape[0], v.aval.dtype)
+            for x in jaxprs.equations(jaxpr)
+            for v in x.outvars
+            if v.aval.ndim == 2 and v.aval.shape[1] == 123
+        }
+        assert max(rows for rows, dtype in wide if dtype == jnp.float32) == 4
+        assert max(rows for rows, dtype in wide if dtype == jnp.bfloat16) == 32  # the gradient of the chunk
+
+    def test_a_chunk_is_never_exceeded(self):
+        for size in range(1, 60):
+            for rows in (1, 5, 31, 64):
+                chunks = chunked.in_pieces(min(size, rows), 984, largest=size)
+                assert chunks.size <= size
+                assert chunks.piece * 984 <= chunked.PIECE_BYTES
+                assert chunks.size % chunks.piece == 0
+
+    def test_rows_of_ones_own(self):
+        student = cases.head(0, 37, 8, 123).astype(jnp.float32)
+        labels = cases.some_labels(2, 37, 123, ignored=0.3)
+
+        def of_rows(logits, labels, per_row, shared):
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+
+        def loss(student, chunk_size):
+            return jaxkd.chunked_loss(of_rows, student, labels, chunk_size=chunk_size)[0]
+
+        pieces, rows = (jax.value_and_grad(loss)(student, size) for size in (20, 5))
+        for a, b in zip(jax.tree.leaves(pieces), jax.tree.leaves(rows), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "transform", "chunks"),
+    [
+        (8192, 128256, {}, (2048, 1024)),
+        (65536, 151936, {}, (2048, 1024)),
+        (8192, 262144, {}, (1024, 512)),
+        (8192, 49152, {}, (4096, 2048)),
+        (8192, 32000, {"bias": 0.0}, (8192, 8192)),
+        (1501, 128256, {}, (1502, 751)),
+        (8192, 128256, {"softcap": 30.0}, (2048, 2048)),
+    ],
+)
+def test_default(rows, width, transform, chunks):
+    shapes = (jax.ShapeDtypeStruct((n, 64), jnp.bfloat16) for n in (rows, width))
+    student = jaxkd.LinearLogits(*shapes, **transform)
+    assert rows_of_chunk(None, student, student) == chunks

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxkd
-from jaxkd import rows_triton
+from jaxkd import chunked, rows_triton
 
 N, D, CHUNK = 7, 8, 4
 
@@ -65,6 +65,14 @@ def test_divergences(name, setting):
 def test_ragged_vocabularies(width):
     labels = cases.some_labels(3, N, width)
     compare(*heads(width), "jensen_shannon", labels, temperature=2.0, hard_weight=0.5)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("widths", [(123, 123), (131, 123), (2049, 2049)])
+def test_pieces(widths, setting, monkeypatch):
+    """The gradient is written among the rows of a chunk."""
+    monkeypatch.setattr(chunked, "PIECE_BYTES", sum(widths) * 4)
+    compare(*heads(*widths), "jensen_shannon", **SETTINGS[setting])
 
 
 def test_one_token():

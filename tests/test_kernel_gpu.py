@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxkd
+from jaxkd import chunked
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,6 +92,16 @@ def test_ragged_vocabularies(width):
     compare(
         *heads(width, jnp.float32), "jensen_shannon", "triton", labels, gradient=2e-5, temperature=2.0, hard_weight=0.5
     )
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
+@pytest.mark.parametrize("ignored", [0.0, 0.6])
+def test_pieces(name, ignored, kernel, monkeypatch):
+    """The gradient is written among the rows of a chunk, none of which is copied for it."""
+    monkeypatch.setattr(chunked, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    labels = cases.some_labels(3, N, 32000, ignored=ignored) if ignored else None
+    options = HARD | {"hard_weight": 0.5 if ignored else 0.0}
+    compare(*heads(32000, jnp.bfloat16), name, kernel, labels, gradient=5e-3, **options)
 
 
 @pytest.mark.parametrize("width", [1024, 4096, 16416, 32032])
@@ -207,8 +218,10 @@ def test_mosaic_says_why_it_cannot(widths, reason):
         jaxkd.distillation_loss(student, teacher, implementation="mosaic")
 
 
-def test_memory_is_that_of_a_chunk(kernel):
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_memory_is_that_of_a_chunk(kernel, pieces, monkeypatch):
     rows, width, hidden, chunk_size = 4096, 32000, 256, 256
+    monkeypatch.setattr(chunked, "PIECE_BYTES", chunk_size // pieces * width * 2 * 4)
     student, teacher = (
         jaxkd.LinearLogits(
             jax.ShapeDtypeStruct((rows, hidden), jnp.bfloat16), jax.ShapeDtypeStruct((width, hidden), jnp.bfloat16)
@@ -220,6 +233,6 @@ def test_memory_is_that_of_a_chunk(kernel):
         return jaxkd.distillation_loss(student, teacher, chunk_size=chunk_size, implementation=kernel)[0]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(student, teacher).compile()
-    chunk = chunk_size * width * (4 + 4 + 2)  # two float32 logits, one bfloat16 gradient
+    chunk = chunk_size * width * ((4 + 4) // pieces + 2)  # two float32 logits, one bfloat16 gradient
     head = 4 * width * hidden
     assert compiled.memory_analysis().temp_size_in_bytes <= 1.5 * chunk + 2 * head

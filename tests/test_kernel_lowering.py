@@ -11,6 +11,7 @@ import kernels
 import pytest
 
 import jaxkd
+from jaxkd import chunked
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic kernel is for jax 0.11 and later")
@@ -110,6 +111,16 @@ def test_every_variant_of_mosaic(labelled, differentiate, width):
     assert is_mosaic(lowered("jensen_shannon", width=width, teacher_width=width, **options))
 
 
+@pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic), None])
+def test_pieces_are_written_in_place(kernel, monkeypatch):
+    monkeypatch.setattr(chunked, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    text = lowered("jensen_shannon", width=32000, teacher_width=32000, implementation=kernel).as_text()
+    (call,) = [x for x in text.splitlines() if "custom_call @mosaic_gpu" in x or "gpu.triton" in x]
+    assert "output_operand_alias<" in call
+    assert "tensor<8x32000xf32>" in text or "tensor<256000xf32>" in text
+    assert "tensor<16x32000xf32>" not in text
+
+
 @needs_mosaic
 @pytest.mark.parametrize(
     ("options", "reason"),
@@ -152,7 +163,7 @@ def test_logits_stay_float32_between_product_and_kernel():
     with jax.sharding.use_abstract_mesh(mesh):
         jaxpr = jax.make_jaxpr(jax.grad(loss))(student)
     (call,) = [x for x in jaxprs.equations(jaxpr) if x.primitive.name == "pallas_call"]
-    assert [v.aval.dtype for v in call.invars if v.aval.ndim == 2] == [jnp.float32] * 2
+    assert [v.aval.dtype for v in call.invars if v.aval.ndim == 2] == [jnp.float32] * 2 + [jnp.bfloat16]
     assert [v.aval.dtype for v in call.outvars if v.aval.ndim == 2] == [jnp.bfloat16]
 
 

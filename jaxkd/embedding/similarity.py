@@ -26,8 +26,8 @@ class CosineLogits(LinearLogits):
     def _product(self) -> Float[Array, "C V"]:
         return self._divided(super()._product())
 
-    def _product_pullback(self, dproduct: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
-        gradients = super()._product_pullback(self._divided(dproduct), wanted)
+    def product_pullback(self, dproduct: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
+        gradients = super().product_pullback(self._divided(dproduct), wanted)
         return {name: _across(getattr(self, name), g) for name, g in gradients.items()}
 
     def _divided(self, x: Float[Array, "C V"]) -> Float[Array, "C V"]:
