@@ -23,9 +23,8 @@ import jaxkd
 
 LAYOUTS = {"rows": ("x", ()), "vocabulary": ((), "x"), "FSDP": ("x", "x")}  # the axes of rows and vocabulary
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
-COLLECTIVE = re.compile(
-    r"= (\S.*?) (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
-)
+# Of one that runs beside other work, the end: the result of its start has its operands too.
+COLLECTIVE = re.compile(r"= (\S.*?) (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-done)?\(")
 
 
 def make_arrays(sizes: argparse.Namespace, mesh: jax.sharding.Mesh, rows: Any, vocabulary: Any) -> tuple[Any, ...]:

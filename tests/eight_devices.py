@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkd
+from jaxkd import chunked
 
 if jax.device_count() != 8:
     pytest.skip("needs 8 devices", allow_module_level=True)
@@ -92,6 +93,17 @@ def test_equals_one_device(name, one_device):
     shape, rows, vocabulary = LAYOUTS[name]
     sharding = jaxkd.Sharding(rows, vocabulary, mesh_of(shape, ("x", "y")[: len(shape)]))
     check(value_and_grad(sharding=sharding)(*data(13, 101)), one_device(13, 101))
+
+
+@pytest.mark.parametrize("name", ["rows_2", "vocabulary_8", "fsdp_8", "both_2x4", "fsdp_and_vocabulary_2x4"])
+def test_pieces(name, monkeypatch):
+    """Logits of a chunk formed a row at a time."""
+    arrays = data(26, 101, None, bias=False, scale=None)
+    want = value_and_grad(chunk_size=5)(*arrays)
+    monkeypatch.setattr(chunked, "PIECE_BYTES", 1)
+    shape, rows, vocabulary = LAYOUTS[name]
+    sharding = jaxkd.Sharding(rows, vocabulary, mesh_of(shape, ("x", "y")[: len(shape)]))
+    check(value_and_grad(sharding=sharding, chunk_size=4)(*arrays), want)
 
 
 @pytest.mark.parametrize(("rows", "vocabulary"), [(P("x", "y"), ()), (P("x", "y"), "y"), (P(None, ("x", "y")), "x")])

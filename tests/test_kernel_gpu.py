@@ -100,7 +100,7 @@ def test_pieces(name, ignored, kernel, monkeypatch):
     """The gradient is written among the rows of a chunk, none of which is copied for it."""
     monkeypatch.setattr(chunked, "PIECE_BYTES", 8 * 2 * 32000 * 4)
     labels = cases.some_labels(3, N, 32000, ignored=ignored) if ignored else None
-    options = HARD | {"hard_weight": 0.5 if ignored else 0.0}
+    options = HARD if ignored else {"temperature": 2.0}
     compare(*heads(32000, jnp.bfloat16), name, kernel, labels, gradient=5e-3, **options)
 
 
