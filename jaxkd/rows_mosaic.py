@@ -264,14 +264,14 @@ def row_losses(
     arrived = plgpu.Barrier(num_arrivals=1)
     out_type = [jax.ShapeDtypeStruct((rows * LANES,), jnp.float32)] * 3
     own: Any = buffer
-    target: list[Any] = []
+    target: list[jax.Array] = []
     if options.gradient_dtype is not None:
         if place is None:
             place = Place(jax.lax.empty((rows, width), options.gradient_dtype), jnp.asarray(0))
-        target = [jnp.reshape(place.first, (1,)).astype(jnp.int32), jax.new_ref(place.rows.reshape(-1))]
+        target = [jnp.reshape(place.first, (1,)).astype(jnp.int32), place.rows.reshape(-1)]
         own = plgpu.RefUnion(buffer, plgpu.SMEM(buffer.shape, place.rows.dtype))
 
-    soft, top, log_total = plgpu.kernel(
+    kernel = plgpu.kernel(
         partial(
             _kernel,
             term_and_slope=base_2_term_and_slope_of(divergence),
@@ -292,7 +292,8 @@ def row_losses(
             unsafe_no_auto_barriers=True,
             reduction_scratch_bytes=0,
         ),
-    )(
+    )
+    soft, top, log_total, *gradient = (_in_place(kernel) if target else kernel)(
         student.reshape(-1),
         teacher.reshape(-1),
         labels.astype(jnp.int32),
@@ -304,4 +305,19 @@ def row_losses(
     )
     soft, top, log_total = soft[::LANES], top[::LANES], log_total[::LANES]
     hard = hard_loss(student, top, log_total, labels) if options.has_labels else jnp.zeros_like(soft)
-    return soft, hard, jax.freeze(target[1]).reshape(place.rows.shape) if place else None
+    return soft, hard, gradient[0].reshape(place.rows.shape) if place else None
+
+
+def _in_place(kernel: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:
+    """``kernel``, which writes to its last argument, as a pure function that returns this too.
+
+    One equation in a jaxpr: if the mutable array were seen outside, `jax.checkpoint` could drop the write to it.
+    """
+
+    @jax.custom_batching.sequential_vmap
+    def call(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+        *others, rows = arguments
+        target = jax.new_ref(rows)
+        return *kernel(*others, target), jax.freeze(target)
+
+    return call

@@ -104,6 +104,23 @@ def test_pieces(name, ignored, kernel, monkeypatch):
     compare(*heads(32000, jnp.bfloat16), name, kernel, labels, gradient=5e-3, **options)
 
 
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_transforms(in_pieces, kernel, monkeypatch):
+    """`jax.checkpoint` and `jax.vmap` change no more than the rounding of products that XLA may do otherwise."""
+    monkeypatch.setattr(chunked, "PIECE_BYTES", (8 if in_pieces else 64) * 2 * 32000 * 4)
+    student, teacher = heads(32000, jnp.bfloat16)
+
+    def loss(student):
+        return jaxkd.distillation_loss(student, teacher, chunk_size=CHUNK, implementation=kernel)[0]
+
+    plain = jax.jit(jax.grad(loss))(student)
+    again = jax.jit(jax.grad(jax.checkpoint(loss)))(student)
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(jax.tree.map(lambda x: jnp.stack([x, 2 * x]), student))
+    for a, b, c in zip(*map(jax.tree.leaves, (plain, again, mapped)), strict=True):
+        assert cases.relative_error(b, a) <= 5e-3
+        assert cases.relative_error(c[0], a) <= 5e-3
+
+
 @pytest.mark.parametrize("width", [1024, 4096, 16416, 32032])
 def test_aligned_vocabularies(width, kernel):
     labels = cases.some_labels(3, N, width)

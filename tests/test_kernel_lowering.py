@@ -121,6 +121,28 @@ def test_pieces_are_written_in_place(kernel, monkeypatch):
     assert "tensor<16x32000xf32>" not in text
 
 
+@pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic)])
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize("transform", ["vmap", "checkpoint"])
+def test_transforms_keep_the_kernel(transform, in_pieces, kernel, monkeypatch):
+    """It runs once with a gradient, which is all that reads what it writes in place."""
+    monkeypatch.setattr(chunked, "PIECE_BYTES", (8 if in_pieces else 64) * 2 * 32000 * 4)
+
+    def loss(hidden, weight):
+        student, teacher = jaxkd.LinearLogits(hidden, weight), jaxkd.LinearLogits(hidden[:, ::-1], weight)
+        return jaxkd.distillation_loss(student, teacher, chunk_size=16, implementation=kernel)[0]
+
+    shapes = [jax.ShapeDtypeStruct((size, D), jnp.bfloat16) for size in (N, 32000)]
+    if transform == "vmap":
+        shapes[0] = jax.ShapeDtypeStruct((3, N, D), jnp.bfloat16)
+        function = jax.vmap(jax.grad(loss), (0, None))
+    else:
+        function = jax.grad(jax.checkpoint(loss))
+    text = kernels.lower_for_h100(function, *shapes).as_text()
+    (call,) = [x for x in text.splitlines() if "custom_call @mosaic_gpu" in x or "gpu.triton" in x]
+    assert "xbf16>)" in call
+
+
 @needs_mosaic
 @pytest.mark.parametrize(
     ("options", "reason"),
