@@ -111,6 +111,13 @@ def test_every_variant_of_mosaic(labelled, differentiate, width):
     assert is_mosaic(lowered("jensen_shannon", width=width, teacher_width=width, **options))
 
 
+@pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic)])
+def test_pieces_under_x64(kernel, monkeypatch, x64):
+    monkeypatch.setattr(chunked, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    text = lowered("jensen_shannon", width=32000, teacher_width=32000, implementation=kernel).as_text()
+    assert "custom_call @mosaic_gpu" in text or "gpu.triton" in text
+
+
 @pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic), None])
 def test_pieces_are_written_in_place(kernel, monkeypatch):
     monkeypatch.setattr(chunked, "PIECE_BYTES", 8 * 2 * 32000 * 4)
