@@ -282,7 +282,7 @@ def _loop(
         def piece(i: jax.Array, carry: tuple[Sums, Any]) -> tuple[Sums, Any]:
             sums, dlogits = carry
             index = i * size + jnp.arange(size, dtype=jnp.int32)
-            place = None if dlogits is None else Place(dlogits, i * size)
+            place = None if dlogits is None else Place(dlogits, jnp.asarray(i * size, jnp.int32))
             row_sums, dlogits = loss.take(index)(student.take(index).logits(), gradient_dtype, place)
             return added(sums, row_sums), dlogits
 

@@ -183,12 +183,17 @@ class Place(NamedTuple):
     rows: Float[Array, "_ V"]
     first: Int[Array, ""]
 
+    @classmethod
+    def alone(cls, num_rows: int, width: int, dtype: jnp.dtype) -> "Place":
+        """For a gradient that goes nowhere: rows that hold anything until it is written."""
+        return cls(jax.lax.empty((num_rows, width), dtype), jnp.zeros((), jnp.int32))
+
 
 def placed(gradient: Float[Array, "C V"], place: Place | None) -> Float[Array, "_ V"]:
     """The rows of ``place`` with the gradient among them, or the gradient alone."""
     if place is None:
         return gradient
-    return jax.lax.dynamic_update_slice_in_dim(place.rows, gradient.astype(place.rows.dtype), place.first, axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(place.rows, gradient, place.first, axis=0)
 
 
 def logits_dtype(x: Any) -> jnp.dtype:

@@ -266,9 +266,8 @@ def row_losses(
     own: Any = buffer
     target: list[jax.Array] = []
     if options.gradient_dtype is not None:
-        if place is None:
-            place = Place(jax.lax.empty((rows, width), options.gradient_dtype), jnp.asarray(0))
-        target = [jnp.reshape(place.first, (1,)).astype(jnp.int32), place.rows.reshape(-1)]
+        place = place or Place.alone(rows, width, options.gradient_dtype)
+        target = [jnp.reshape(place.first, (1,)), place.rows.reshape(-1)]
         own = plgpu.RefUnion(buffer, plgpu.SMEM(buffer.shape, place.rows.dtype))
 
     kernel = plgpu.kernel(

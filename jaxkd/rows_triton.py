@@ -81,12 +81,12 @@ def _kernel(
     num_parameters: int,
     options: RowOptions,
     block: int,
-    num_outputs: int,
 ):
-    parameters = [ref[...] for ref in refs[:num_parameters]]
-    place, outputs = refs[num_parameters:-num_outputs], refs[-num_outputs:]
-    soft_ref, top_ref, log_total_ref, *gradient_ref = outputs
-    row = place[0][...] + pl.program_id(0) if place else None
+    has_gradient = options.gradient_dtype is not None
+    parameters, refs = [ref[...] for ref in refs[:num_parameters]], refs[num_parameters:]
+    target, refs = refs[: 2 * has_gradient], refs[2 * has_gradient :]
+    soft_ref, top_ref, log_total_ref, *gradient_ref = refs
+    row = target[0][...] + pl.program_id(0) if has_gradient else None
     segments = _segments(student_ref.shape[0], teacher_ref.shape[0], options.vocabulary)
     inverse_temperature = 1 / temperature_ref[...]
     one_normalizer = not options.is_tempered and all(compared for *_, compared in segments)
@@ -199,8 +199,7 @@ def row_losses(
     target: list[jax.Array] = []
     target_specs, aliases = [], {}
     if options.gradient_dtype is not None:
-        if place is None:
-            place = Place(jax.lax.empty((rows, width), options.gradient_dtype), jnp.asarray(0, jnp.int32))
+        place = place or Place.alone(rows, width, options.gradient_dtype)
         all_rows = pl.BlockSpec(place.rows.shape, lambda i: (0, 0))
         target, target_specs = [jnp.reshape(place.first, (1,)), place.rows], [everywhere, all_rows]
         aliases = {6 + len(parameters) + 1: len(out_shape)}  # no copy is made of the rows
@@ -214,7 +213,6 @@ def row_losses(
             num_parameters=len(parameters),
             options=options,
             block=block,
-            num_outputs=len(out_shape),
         ),
         grid=(rows,),
         in_specs=[row(width), row(teacher_width), each_row, each_row, each_row, everywhere]
