@@ -313,10 +313,22 @@ def _in_place(kernel: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]
     One equation in a jaxpr: if the mutable array were seen outside, `jax.checkpoint` could drop the write to it.
     """
 
-    @jax.custom_batching.sequential_vmap
+    @jax.custom_batching.custom_vmap
     def call(*arguments: jax.Array) -> tuple[jax.Array, ...]:
         *others, rows = arguments
         target = jax.new_ref(rows)
         return *kernel(*others, target), jax.freeze(target)
+
+    @jax.custom_batching.sequential_vmap
+    def one_of_many(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+        # XLA would fuse the kernel with the slices of a batch that it reads and writes, and such a fusion does not know
+        # that a result is an argument: the gradient would be whatever its memory held.
+        return jax.lax.optimization_barrier(call(*jax.lax.optimization_barrier(arguments)))
+
+    @call.def_vmap
+    def _(size: int, is_batched: list[bool], *arguments: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
+        axes = [0 if x else None for x in is_batched]
+        results = jax.vmap(one_of_many, axes, axis_size=size)(*arguments)
+        return results, jax.tree.map(lambda _: True, results)
 
     return call

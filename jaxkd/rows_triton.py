@@ -86,7 +86,6 @@ def _kernel(
     parameters, refs = [ref[...] for ref in refs[:num_parameters]], refs[num_parameters:]
     target, refs = refs[: 2 * has_gradient], refs[2 * has_gradient :]
     soft_ref, top_ref, log_total_ref, *gradient_ref = refs
-    row = target[0][...] + pl.program_id(0) if has_gradient else None
     segments = _segments(student_ref.shape[0], teacher_ref.shape[0], options.vocabulary)
     inverse_temperature = 1 / temperature_ref[...]
     one_normalizer = not options.is_tempered and all(compared for *_, compared in segments)
@@ -145,6 +144,7 @@ def _kernel(
         return
 
     # Pass 3: the gradient.
+    row = target[0][...] + pl.program_id(0)
     slope_total = jnp.sum(slope_sum)
     label, hard_scale = label_ref[...], hard_scale_ref[...]
     soft_scale = soft_scale_ref[...] * inverse_temperature
