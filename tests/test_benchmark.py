@@ -71,9 +71,8 @@ def test_a_contender_that_fails_stops_nothing(monkeypatch, capsys):
     every = benchmark_contenders.contenders(SMALL, 16, "cpu", compiled=False)
     chosen = {"unfit": unfit, "exhausted": exhausted, "jaxkd xla": every["jaxkd xla"]}
     monkeypatch.setattr(benchmark, "contenders", lambda *_: chosen)
-    monkeypatch.setattr(benchmark, "TASKS", {"JSD": benchmark_contenders.TASKS["JSD"]})
     lines = []
-    settings = benchmark.Settings("cpu", rows=16, repeats=4, seconds=60, compiled=False, only=[])
+    settings = benchmark.Settings("cpu", rows=16, repeats=4, seconds=60, compiled=False, only=[], tasks=["JSD"])
     results = {r.contender: r for r in benchmark.measure(SMALL, settings, lines.append)}
     assert results["unfit"].failure == "ValueError: no such [kernel]"
     assert results["unfit"].times == []
@@ -90,7 +89,7 @@ def test_a_contender_that_fails_stops_nothing(monkeypatch, capsys):
 
 
 def test_the_time_of_slow_contenders_is_limited():
-    settings = benchmark.Settings("cpu", rows=16, repeats=9, seconds=1.0, compiled=False, only=[])
+    settings = benchmark.Settings("cpu", rows=16, repeats=9, seconds=1.0, compiled=False, only=[], tasks=["JSD"])
     assert benchmark._has_another_run(Result("JSD", "slow", times=[2.0, 2.0]), settings)
     assert not benchmark._has_another_run(Result("JSD", "slow", times=[2.0, 2.0, 2.0]), settings)
     assert benchmark._has_another_run(Result("JSD", "quick", times=[0.1] * 8), settings)

@@ -66,6 +66,7 @@ class Settings(NamedTuple):
     seconds: float
     compiled: bool
     only: Sequence[str]
+    tasks: Sequence[str]
 
 
 Run = Callable[[], Outputs]
@@ -110,7 +111,8 @@ def _plan(
     every = contenders(shape, settings.rows, settings.device, settings.compiled)
     every = {k: v for k, v in every.items() if not settings.only or any(word in k for word in settings.only)}
     some = {default_contender(shape, settings.rows, settings.device), EVERYWHERE}
-    for (divergence, ignored), tasks in groupby(TASKS, lambda name: (TASKS[name].divergence, TASKS[name].ignored)):
+    wanted = [name for name in TASKS if name in settings.tasks]
+    for (divergence, ignored), tasks in groupby(wanted, lambda name: (TASKS[name].divergence, TASKS[name].ignored)):
         exact = exact_outputs(batch, divergence, ignored)
         for task in tasks:
             for name, prepare in every.items():
@@ -190,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=positive, default=7, help="rounds (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.7, help="timed a contender, then it sits out; %(default)s")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="contenders whose names have a WORD")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--quick", action="store_true", help="one shape, an eighth of the rows, nothing torch compiles")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write benchmark.json and benchmark.png there")
     options = parser.parse_args(arguments)
@@ -214,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds=options.seconds,
         compiled=not options.quick,
         only=options.only,
+        tasks=options.tasks,
     )
     # A loss that Liger compiles meets several shapes: by default the second would get slower kernels for any shape.
     torch._dynamo.config.automatic_dynamic_shapes = False
