@@ -59,17 +59,13 @@ class LinearLogits:
     def gradient_dtype(self) -> jnp.dtype:
         """The narrowest type in which `pullback` can take the gradient of the logits without loss."""
         # float16 is scaled into range first, and a function of the product has to be differentiated before rounding.
-        exact = self.hidden.dtype == jnp.float16 or self._is_transformed
+        exact = self.hidden.dtype == jnp.float16 or not self.is_linear
         return self.dtype if exact else self.hidden.dtype
 
     @property
     def is_linear(self) -> bool:
         """Whether `product_pullback` is all of the pullback, which then needs no logits."""
-        return not self._is_transformed
-
-    @property
-    def _is_transformed(self) -> bool:
-        return any(x is not None for x in (self.bias, self.scale, self.softcap))
+        return all(x is None for x in (self.bias, self.scale, self.softcap))
 
     def flat(self) -> "LinearLogits":
         """The same with hidden states of shape (N, D)."""
@@ -92,7 +88,7 @@ class LinearLogits:
         Gradients are float32 (float64 for float64), unrounded sums over the rows of the chunk.
         """
         product = self._product()
-        if not self._is_transformed:
+        if self.is_linear:
             return product, self.product_pullback
 
         def pullback(dlogits: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:

@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=positive, default=7, help="rounds (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.7, help="timed a contender, then it sits out; %(default)s")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="contenders whose names have a WORD")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="; ".join(TASKS))
     parser.add_argument("--quick", action="store_true", help="one shape, an eighth of the rows, nothing torch compiles")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write benchmark.json and benchmark.png there")
     options = parser.parse_args(arguments)
