@@ -1,8 +1,7 @@
 """Knowledge distillation over huge vocabularies in JAX: losses of two linear heads that never form their logits."""
 
 from jaxkd import embedding, preference
-from jaxkd.distillation import distillation_loss, fused_linear_jsd
-from jaxkd.divergences import (
+from jaxkd.divergences.sums_over_tokens import (
     Divergence,
     alpha_divergence,
     forward_kl,
@@ -13,16 +12,17 @@ from jaxkd.divergences import (
     symmetric_kl,
     total_variation,
 )
-from jaxkd.flax_heads import flax_logits
-from jaxkd.hidden_losses import hidden_cosine, hidden_mse
-from jaxkd.log_probs import sequence_log_probs, token_log_probs, token_statistics
-from jaxkd.logits import LinearLogits, Logits
-from jaxkd.mixture import Mixture
-from jaxkd.own_loss import chunked_loss
-from jaxkd.row_divergences import RowDivergence, cosine_distance, earth_mover, kernel_distance, mse, sinkhorn
-from jaxkd.sharding import Sharding
-from jaxkd.top_k import TopKLogProbs
-from jaxkd.vocabulary_map import VocabularyMap
+from jaxkd.divergences.whole_rows import RowDivergence, cosine_distance, earth_mover, kernel_distance, mse, sinkhorn
+from jaxkd.logits.flax_heads import flax_logits
+from jaxkd.logits.sources import LinearLogits, Logits
+from jaxkd.loop.partitioning import Sharding
+from jaxkd.losses.chunked_losses import chunked_loss
+from jaxkd.losses.distillation import distillation_loss, fused_linear_jsd
+from jaxkd.losses.hidden_states import hidden_cosine, hidden_mse
+from jaxkd.losses.log_probs import sequence_log_probs, token_log_probs, token_statistics
+from jaxkd.teachers.mixture import Mixture
+from jaxkd.teachers.top_k import TopKLogProbs
+from jaxkd.teachers.vocabulary_map import VocabularyMap
 
 __all__ = [
     "Divergence",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import torch
 
 import jaxkd
-from jaxkd.implementation import Chunk, obstacle
+from jaxkd.kernels.dispatch import Chunk, obstacle
 from torch_bridge import reference
 from torch_bridge.convert import borrow_as_jax
 

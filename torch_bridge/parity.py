@@ -31,7 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxkd
-import jaxkd.implementation
+import jaxkd.kernels.dispatch
 from torch_bridge import (
     comparisons_embedding,
     comparisons_preference,
@@ -51,7 +51,7 @@ from torch_bridge.comparison import GRADIENT_BOUNDS, LOSS_BOUND, Outcome, errors
 TOTAL_VARIATION_NEAR_CONVERGENCE = 5e-2
 GRADIENTS = ("hidden", "weight", "bias")
 FAMILIES = (comparisons_rows, comparisons_teacher, comparisons_teachers, comparisons_preference, comparisons_embedding)
-IMPLEMENTATIONS = [name for name in jaxkd.implementation.NAMES if name]
+IMPLEMENTATIONS = [name for name in jaxkd.kernels.dispatch.NAMES if name]
 
 
 @dataclass

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.checks import check_scalar, check_size
-from jaxkd.embedding.shared import (
+from jaxkd.embedding.batches import (
     as_embeddings,
     check_counting,
     check_floating,
@@ -17,9 +16,10 @@ from jaxkd.embedding.shared import (
     only,
 )
 from jaxkd.embedding.similarity import CosineLogits
-from jaxkd.logits import logits_dtype
+from jaxkd.logits.sources import logits_dtype
+from jaxkd.loop.checks import check_scalar, check_size
+from jaxkd.losses.chunked_losses import chunked_loss
 from jaxkd.metrics import Metrics, metrics_of
-from jaxkd.own_loss import chunked_loss
 
 
 def info_nce(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkd.logits import Gradients, LinearLogits, logits_dtype
+from jaxkd.logits.sources import Gradients, LinearLogits, logits_dtype
 
 
 @jax.tree_util.register_dataclass

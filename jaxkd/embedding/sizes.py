@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkd.checks import check_integer
 from jaxkd.embedding.similarity import unit, widened
+from jaxkd.loop.checks import check_integer
 from jaxkd.metrics import Metrics, metrics_of
 
 

@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkd.checks import check_scalar, check_size
-from jaxkd.embedding.shared import (
+from jaxkd.embedding.batches import (
     as_embeddings,
     check_counting,
     chunk_size_for,
     weigh_rows,
 )
 from jaxkd.embedding.similarity import Distance, euclidean
-from jaxkd.logits import logits_dtype
+from jaxkd.logits.sources import logits_dtype
+from jaxkd.loop.checks import check_scalar, check_size
+from jaxkd.loop.row_weights import weighted
 from jaxkd.metrics import Metrics, metrics_of
-from jaxkd.row_arguments import weighted
 
 
 def triplet(

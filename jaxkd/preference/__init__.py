@@ -11,10 +11,10 @@ come in one order:
 """
 
 from jaxkd.preference.anchored import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
+from jaxkd.preference.log_ratios import Metrics as Metrics
+from jaxkd.preference.log_ratios import Result as Result
 from jaxkd.preference.margins import cdpo, discopop, dpo, exo_pair, f_po, hinge, ipo, irpo, robust
 from jaxkd.preference.reference_free import cpo, cpo_simpo, orpo, simpo
-from jaxkd.preference.shared import Metrics as Metrics
-from jaxkd.preference.shared import Result as Result
 from jaxkd.preference.tokens import cispo, dapo, dr_grpo, grpo, gspo
 from jaxkd.preference.unpaired import bco, kto
 

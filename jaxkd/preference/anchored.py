@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jax.typing import ArrayLike
 
-from jaxkd.preference.shared import Pairs, Result
+from jaxkd.preference.log_ratios import Pairs, Result
 
 
 def nca_pair(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.nn import log1mexp, log_sigmoid
 from jax.typing import ArrayLike
 
-from jaxkd.preference.shared import Pairs, Result, negative_log_likelihood, smoothed
+from jaxkd.preference.log_ratios import Pairs, Result, negative_log_likelihood, smoothed
 
 
 def cpo(

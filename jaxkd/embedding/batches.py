@@ -1,0 +1,59 @@
+"""What the embedding losses share: their checks, row weights and metrics."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkd.embedding.similarity import widened
+from jaxkd.loop.checks import check_scalar, check_weights
+from jaxkd.loop.chunked import default_chunk_size
+
+
+def weigh_rows(weights: Any, *embeddings: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """A weight for each row, and embeddings in float32 or better in which a row that does not count holds zeros."""
+    wide = [widened(x) for x in embeddings]
+    if weights is None:
+        return jnp.ones_like(wide[0][:, 0]), wide
+    weights = jnp.asarray(weights, wide[0].dtype)
+    return weights, [only(weights != 0, x) for x in wide]
+
+
+def only(counts: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(counts.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+
+
+def chunk_size_for(num_rows: int, num_candidates: int, dtype: jnp.dtype) -> int:
+    """At most an eighth of the rows, so that the whole never exists, and 2**28 bytes."""
+    return min(default_chunk_size(num_rows, 8 * dtype.itemsize * num_candidates), -(-num_rows // 8))
+
+
+def as_embeddings(**embeddings: Any) -> list[jax.Array]:
+    """The arguments as arrays of one shape (B, D) and one type."""
+    (first, model), *rest = embeddings.items()
+    for name, x in embeddings.items():
+        check_floating(name, x)
+    if model.ndim != 2 or 0 in model.shape:
+        raise ValueError(f"`{first}` has shape {model.shape}; give embeddings (B, D), of one row at least")
+    for name, x in rest:
+        if x.shape != model.shape:
+            raise ValueError(f"`{name}` has shape {x.shape} but `{first}` has {model.shape}; give one row each")
+        check_same_type(name, x, first, model)
+    return [jnp.asarray(x) for x in embeddings.values()]
+
+
+def check_floating(name: str, x: Any) -> None:
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`{name}` is {getattr(x, 'dtype', type(x).__name__)}; give an array of floating type")
+
+
+def check_same_type(name: str, x: Any, other: str, y: Any) -> None:
+    if x.dtype != y.dtype:
+        raise TypeError(f"`{name}` is {x.dtype} but `{other}` is {y.dtype}; give one type")
+
+
+def check_counting(embeddings: jax.Array, weights: Any, normalizer: Any) -> None:
+    if weights is not None:
+        check_weights(weights, embeddings.shape[:1], "embeddings")
+    if normalizer is not None:
+        check_scalar("normalizer", normalizer, above=0)

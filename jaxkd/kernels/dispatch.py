@@ -1,0 +1,159 @@
+"""The door to the row kernels: which implementation runs a call.
+
+``None`` takes the fastest that is tested for the call; a name takes that one, or raises an error that says why not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkd.divergences.sums_over_tokens import forward_kl
+from jaxkd.divergences.whole_rows import AnyDivergence, RowDivergence
+from jaxkd.kernels import bucketed, reference, whole_row
+from jaxkd.loop.partitioning import is_checked
+
+RowLosses = Callable[..., reference.RowResult]
+
+_kernels: dict[str, ModuleType] = {}
+_missing: dict[str, str] = {}
+try:
+    from jaxkd.kernels import pallas_mosaic_gpu
+
+    _kernels["mosaic"] = pallas_mosaic_gpu
+except ImportError as error:  # its interface is not stable yet
+    _missing["mosaic"] = f"jax {jax.__version__} has no Pallas Mosaic GPU as this kernel needs it ({error})"
+try:
+    from jaxkd.kernels import pallas_triton
+
+    _kernels["triton"] = pallas_triton
+except ImportError as error:  # deprecated in JAX 0.11
+    _missing["triton"] = f"jax {jax.__version__} has no Pallas Triton backend ({error})"
+
+NAMES = (None, "xla", "triton", "mosaic")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The shape of the logits of a chunk, as far as it decides what can run."""
+
+    rows: int
+    student_width: int
+    teacher_width: int
+    dtype: jnp.dtype
+    is_shard: bool = False  # whether other devices have the other columns
+
+
+def row_losses_for(
+    implementation: str | None, chunk: Chunk, divergence: AnyDivergence = forward_kl, in_buckets: bool = False
+) -> RowLosses:
+    """The function that computes the rows of a chunk; ``in_buckets`` if the teacher is of `jaxkd.kernels.bucketed`.
+
+    Raises:
+      ValueError: an unknown name, or an implementation that cannot run this call, and why.
+    """
+    if implementation not in NAMES:
+        raise ValueError(f"`implementation` is {implementation!r}; give one of {NAMES}")
+    whole_rows = isinstance(divergence, RowDivergence)
+    if whole_rows and chunk.is_shard:
+        raise ValueError("`divergence` is a function of whole rows; leave `vocabulary` out of `sharding`")
+    only_xla = whole_rows or in_buckets
+    if implementation == "xla" or (only_xla and implementation is None):
+        return bucketed.row_losses if in_buckets else xla_row_losses(divergence)
+    if only_xla:
+        other = "divergence is a function of whole rows" if whole_rows else "teacher is compared by buckets of tokens"
+        why = f"it sums a term of each token and this {other}"
+        raise ValueError(f'`implementation="{implementation}"` cannot run here: {why}; use "xla" or None')
+    if implementation is None:
+        for name in ("mosaic", "triton"):
+            if target_platform() == "cuda" and not obstacle(name, chunk):
+                return _on_cuda[name]
+        return reference.row_losses
+    if reason := obstacle(implementation, chunk):
+        raise ValueError(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
+    return _kernels[implementation].row_losses
+
+
+def xla_row_losses(divergence: AnyDivergence) -> RowLosses:
+    return whole_row.row_losses if isinstance(divergence, RowDivergence) else reference.row_losses
+
+
+def obstacle(implementation: str, chunk: Chunk) -> str | None:
+    """Why a kernel cannot run a chunk, or None if it can."""
+    if implementation in _missing:
+        return _missing[implementation]
+    kernel = _kernels[implementation]
+    if not getattr(kernel, "INTERPRET", False) and target_platform() != "cuda":
+        return f"it needs a CUDA GPU and JAX computes on {target_platform()!r}"
+    if chunk.dtype != jnp.float32:
+        return f"its logits are float32 and these are {jnp.dtype(chunk.dtype).name}"
+    if chunk.is_shard:
+        return "it sums over the vocabulary of one device and here several share it"
+    if is_checked():
+        return "in a shard_map its results lack the types of `check_vma`; under jit alone, with `sharding`, it runs"
+    width = max(chunk.student_width, chunk.teacher_width)
+    if chunk.rows * width >= 2**31:
+        return f"a chunk of {chunk.rows} rows by {width} columns needs 64-bit offsets; give a smaller `chunk_size`"
+    return _mosaic_obstacle(chunk) if implementation == "mosaic" else None
+
+
+def _mosaic_obstacle(chunk: Chunk) -> str | None:
+    kernel, width = _kernels["mosaic"], chunk.student_width
+    if jax.__version_info__ < (0, 11):
+        return f"it is tested from jax 0.11 on and this is {jax.__version__}"
+    if not any(name in target_device() for name in ("H100", "H200")):
+        return f"it is tested on H100 and H200 and this is {target_device()!r}"
+    if chunk.teacher_width != width:
+        return f"the vocabularies differ in width ({width} and {chunk.teacher_width})"
+    if width % kernel.ALIGNMENT:
+        return f"V={width} is no multiple of {kernel.ALIGNMENT}, as its bulk copies need"
+    if kernel.last_part_width(width) <= 0:
+        return f"V={width} is too narrow to share between {kernel.PARTS} blocks"
+    if kernel.shared_memory(width) > kernel.SHARED_MEMORY:
+        return f"a row of V={width} does not fit the shared memory of a cluster"
+    return None
+
+
+def target_platform() -> str:
+    """The platform that is compiled for: that of the abstract mesh in use, if it names one, else of JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:  # a mesh of real GPUs says "gpu", whosever they are
+        return "cuda" if device.platform == "gpu" and device.device_kind.startswith("NVIDIA") else device.platform
+    device = _default_device()
+    is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    return "cuda" if is_cuda else device.platform
+
+
+def target_device() -> str:
+    """The kind of device that is compiled for, such as "NVIDIA H100 80GB HBM3"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device or _default_device()).device_kind
+
+
+def _default_device() -> jax.Device:
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return device if isinstance(device, jax.Device) else jax.devices(device)[0]
+
+
+def _cuda_else_xla(name: str, *arguments: Any) -> reference.RowResult:
+    """The kernel where the computation is compiled for CUDA, XLA where it is compiled for something else."""
+    *arrays, options, place = arguments
+    return jax.lax.platform_dependent(
+        *arrays,
+        place,
+        cuda=partial(_call, _kernels[name].row_losses, options),
+        default=partial(_call, reference.row_losses, options),
+    )
+
+
+def _call(row_losses: RowLosses, options: reference.RowOptions, *arrays: Any) -> reference.RowResult:
+    *arguments, place = arrays
+    return row_losses(*arguments, options, place)
+
+
+# One object each: the functions are part of what `jax.jit` caches on.
+_on_cuda = {name: partial(_cuda_else_xla, name) for name in _kernels}

@@ -1,0 +1,96 @@
+"""The arithmetic that the GPU kernels share: log-probabilities, and the term of a divergence as a kernel evaluates it.
+
+In a term `expm1` and `log1p` are replaced: Mosaic GPU has neither, and libdevice's cost more than the rest of a term.
+The ones here are a polynomial near 0, where they have to be exact relative to their result, and `exp` and `log`
+elsewhere: relative errors below 1e-6.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal
+
+from jaxkd.divergences.sums_over_tokens import LN2, Divergence
+
+LOG2E = 1 / LN2
+LOWEST = -1e38  # below every logit, yet finite, so that -inf minus it is -inf and not NaN
+
+NEAR = 0.25  # where the polynomials hold
+# Chebyshev fits there of expm1(x) / x and log1p(x) / x, from the constant up: 9e-8 and 1.4e-7 off at most.
+EXPM1 = (1.0, 0.499998302, 0.16666623, 0.0417753009, 0.00835195337)
+LOG1P = (0.999999985, -0.500003684, 0.333340907, -0.249533512, 0.199401399, -0.18127313, 0.157813577)
+
+
+def log_probability(z: jax.Array, normalizer: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Of a logit, given its row's largest one and ``log sum exp(z - largest)``."""
+    top, log_total = normalizer
+    return (z - top) - log_total  # in this order: exact where all logits are large
+
+
+def expm1(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.abs(x) < NEAR, x * polynomial(x, EXPM1), jnp.exp(x) - 1)
+
+
+def log1p(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.abs(x) < NEAR, x * polynomial(x, LOG1P), jnp.log(1 + x))
+
+
+def polynomial(x: jax.Array, coefficients: tuple[float, ...]) -> jax.Array:
+    value = x * coefficients[-1] + coefficients[-2]
+    for c in coefficients[-3::-1]:
+        value = value * x + c
+    return value
+
+
+# `add_any` is how derivatives add; Mosaic GPU has no rule for it.
+REPLACEMENTS: dict[str, Callable[..., jax.Array]] = {"expm1": expm1, "log1p": log1p, "add_any": jnp.add}
+
+
+def with_kernel_math(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the primitives above replaced, in its derivatives too, and nothing computed twice."""
+
+    def replaced(*arguments: jax.Array) -> Any:
+        jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*map(jax.typeof, arguments))
+        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(jaxpr, {}, *arguments))
+
+    return replaced
+
+
+def term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A function of ``(log_p, log_q, *parameters)`` for a kernel, which has the parameters as scalars of its own."""
+    return with_kernel_math(lambda p, q, *parameters: replace(divergence, parameters=parameters).term_and_slope(p, q))
+
+
+def base_2_term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The same of logarithms to the base 2, by the divergence's form for kernels where it has one."""
+    term_and_slope = term_and_slope_of(divergence)
+    return divergence.kernel_form or (lambda p, q, *parameters: term_and_slope(p * LN2, q * LN2, *parameters))
+
+
+def _evaluate(closed: ClosedJaxpr, known: dict[Any, Any], *arguments: Any) -> list[Any]:
+    """Evaluates a jaxpr; ``known`` has the operations done so far, since a term and its slope share most of theirs."""
+    environment = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    environment |= dict(zip(closed.jaxpr.invars, arguments, strict=True))
+
+    def read(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else environment[variable]
+
+    for equation in closed.jaxpr.eqns:
+        inputs = [read(variable) for variable in equation.invars]
+        name = equation.primitive.name
+        if name in ("jit", "pjit"):
+            outputs = _evaluate(equation.params["jaxpr"], known, *inputs)
+        else:
+            same = (name, str(equation.params), *(x if np.isscalar(x) else id(x) for x in inputs))
+            if same not in known:
+                operation = REPLACEMENTS.get(name, partial(equation.primitive.bind, **equation.params))
+                known[same] = inputs, operation(*inputs)  # the inputs are kept, so that no other gets their id
+            result = known[same][1]
+            outputs = result if equation.primitive.multiple_results else [result]
+        environment |= dict(zip(equation.outvars, outputs, strict=True))
+    return [read(variable) for variable in closed.jaxpr.outvars]

@@ -1,0 +1,158 @@
+"""The rows of one chunk in plain XLA: logits of student and teacher -> losses of each row and the logits' gradient.
+
+`pallas_triton` and `pallas_mosaic_gpu` have the same function as GPU kernels. This is the definition of what they compute.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxkd.divergences.sums_over_tokens import Divergence
+from jaxkd.logits.sources import Place, placed
+from jaxkd.loop.partitioning import Axes, psum
+
+RowResult: TypeAlias = tuple[Float[Array, " C"], Float[Array, " C"], Float[Array, "_ V"] | None]
+
+
+@dataclass(frozen=True)
+class VocabularyShards:
+    """Logits that are a device's columns of a vocabulary, as many on each.
+
+    Args:
+      axes: the mesh axes over which the columns are split.
+      student, teacher: the widths; columns beyond them are filling, whatever they hold.
+    """
+
+    axes: Axes
+    student: int
+    teacher: int
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What is decided at tracing.
+
+    Args:
+      vocabulary: "truncate" or "mask", for vocabularies of different width.
+      has_labels: whether there is a hard loss.
+      is_tempered: whether the temperature may differ from 1.
+      gradient_dtype: the type of the logits' gradient, or None for the losses alone.
+      shards: how the vocabulary is split over devices, or None.
+    """
+
+    vocabulary: str = "truncate"
+    has_labels: bool = True
+    is_tempered: bool = True
+    gradient_dtype: jnp.dtype | None = None
+    shards: VocabularyShards | None = None
+
+
+def row_losses(
+    student: Float[Array, "C V"],
+    teacher: Float[Array, "C Vt"],
+    labels: Int[Array, " C"],
+    soft_scale: Float[Array, " C"],
+    hard_scale: Float[Array, " C"],
+    temperature: Float[Array, ""],
+    divergence: Divergence,
+    options: RowOptions,
+    place: Place | None = None,
+) -> RowResult:
+    """Soft and hard loss of each row, and the gradient of ``sum(soft_scale * soft + hard_scale * hard)``.
+
+    soft = D(softmax(teacher / temperature), softmax(student / temperature)) over the common vocabulary;
+    hard = -log softmax(student)[label], over the student's, and 0 without labels.
+    With ``slope = d term / d log q`` the gradient of soft is ``(slope - q sum(slope)) / temperature``. What comes back
+    of the gradient is `placed`.
+    """
+    width, shards = student.shape[1], options.shards
+    axes = () if shards is None else shards.axes
+    if shards is None:
+        z_q, z_p = align(student, teacher, options.vocabulary)
+    else:
+        labels = labels - jax.lax.axis_index(axes).astype(labels.dtype) * width  # its column, if it is a device's own
+        student, z_q, z_p = align_shards(student, teacher, shards, options.vocabulary)
+    is_same = z_q.shape == student.shape and (shards is None or shards.student <= shards.teacher)
+    if options.is_tempered:
+        z_q, z_p = z_q / temperature, z_p / temperature
+    log_q, log_p = log_softmax(z_q, axes), log_softmax(z_p, axes)
+    if options.gradient_dtype is None:
+        term, slope = divergence.term(log_p, log_q, *divergence.parameters), None
+    else:
+        term, slope = divergence.term_and_slope(log_p, log_q)
+    soft = jnp.maximum(psum(jnp.sum(term, axis=1), axes), 0)  # only rounding takes it below 0
+    hard = jnp.zeros_like(soft)
+    if options.has_labels:
+        plain_log_q = log_q if is_same and not options.is_tempered else log_softmax(student, axes)
+        hard = -at_label(plain_log_q, labels, axes)
+    if slope is None:
+        return soft, hard, None
+
+    d = slope - jnp.exp(log_q) * psum(jnp.sum(slope, axis=1, keepdims=True), axes)
+    scale = (soft_scale / temperature)[:, None]
+    d = jnp.where(scale == 0, 0, scale * d)[:, :width]
+    d = jnp.pad(d, ((0, 0), (0, width - d.shape[1])))
+    if options.has_labels:
+        d = d + hard_gradient(plain_log_q, labels, hard_scale)
+    return soft, hard, placed(d.astype(options.gradient_dtype), place)
+
+
+def align(student: jax.Array, teacher: jax.Array, vocabulary: str) -> tuple[jax.Array, jax.Array]:
+    """Both over one vocabulary: the common one ("truncate"), or the wider one with -inf where a side has no token."""
+    if vocabulary == "truncate":
+        width = min(student.shape[1], teacher.shape[1])
+        return student[:, :width], teacher[:, :width]
+    width = max(student.shape[1], teacher.shape[1])
+    pad = [jnp.pad(z, ((0, 0), (0, width - z.shape[1])), constant_values=-jnp.inf) for z in (student, teacher)]
+    return pad[0], pad[1]
+
+
+def align_shards(
+    student: Float[Array, "C V"], teacher: Float[Array, "C V"], shards: VocabularyShards, vocabulary: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The student over its vocabulary, and both over one, with -inf in columns that are in none."""
+    column = jax.lax.axis_index(shards.axes) * student.shape[1] + jnp.arange(student.shape[1])
+
+    def masked(z: jax.Array, width: int) -> jax.Array:
+        return jnp.where(column < width, z, -jnp.inf)
+
+    student, teacher = masked(student, shards.student), masked(teacher, shards.teacher)
+    if vocabulary == "mask" or shards.student == shards.teacher:
+        return student, student, teacher
+    common = min(shards.student, shards.teacher)
+    return student, masked(student, common), masked(teacher, common)
+
+
+def log_softmax(z: Float[Array, "C V"], axes: Axes = ()) -> Float[Array, "C V"]:
+    """Over the columns of all devices along the mesh ``axes``: a maximum and a sum of each row are exchanged."""
+    if not axes:
+        return jax.nn.log_softmax(z)
+    z = z - jax.lax.pmax(jnp.max(z, axis=1, keepdims=True), axes)
+    return z - jnp.log(psum(jnp.sum(jnp.exp(z), axis=1, keepdims=True), axes))
+
+
+def at_label(x: Float[Array, "C V"], labels: Int[Array, " C"], axes: Axes = ()) -> Float[Array, " C"]:
+    """The column of the label; a label outside the vocabulary has been answered by a NaN weight before."""
+    found = jnp.take_along_axis(x, labels[:, None], axis=1, mode="clip")[:, 0]
+    if not axes:
+        return found
+    return psum(jnp.where((labels >= 0) & (labels < x.shape[1]), found, 0), axes)
+
+
+def hard_gradient(
+    log_q: Float[Array, "C V"], labels: Int[Array, " C"], hard_scale: Float[Array, " C"]
+) -> Float[Array, "C V"]:
+    """Of ``sum(hard_scale * hard)``, to the student's logits: 0 in a row of scale 0 whatever it holds."""
+    scale = hard_scale[:, None]
+    d = jnp.exp(log_q) - jax.nn.one_hot(labels, log_q.shape[1], dtype=log_q.dtype)
+    return jnp.where(scale == 0, 0, scale * d)
+
+
+def hard_loss(
+    student: Float[Array, "C V"], top: Float[Array, " C"], log_total: Float[Array, " C"], labels: Int[Array, " C"]
+) -> Float[Array, " C"]:
+    """Cross-entropy with the label, from the row's largest logit and ``log sum exp(z - top)``."""
+    return log_total - (at_label(student, labels) - top)

@@ -1,0 +1,217 @@
+"""Where logits come from: a head that is multiplied a chunk of rows at a time, or values that already exist.
+
+A source is a pytree. One of its arrays has a row for each token position (``ROWS``); the others serve all rows, and
+``DIMS`` says which axes of a flat source's arrays are rows and which the vocabulary, for `jaxkd.loop.partitioning`. The
+loop over chunks takes a chunk of rows from it, asks for their logits, and hands the gradient of the logits back.
+"""
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Gradients: TypeAlias = dict[str, jax.Array]  # by the name of the source's field
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LinearLogits:
+    """Logits ``z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``, not formed yet.
+
+    Args:
+      hidden: (..., D) float32, bfloat16, float16 or float64: a model's last hidden states.
+      weight: (V, D): the head, in any of these types; the product runs in the type of ``hidden`` and accumulates in
+        float32 (float64 for float64). A Flax ``Linear.kernel`` is (D, V): pass ``kernel.T``.
+      bias: (V,) or None.
+      scale: a scalar that multiplies the logits (Cohere's ``logit_scale``), or None.
+      softcap: a positive scalar that bounds them (Gemma 2's ``final_logit_softcapping``), or None.
+
+    As the student every one of them can be differentiated; ``scale`` and ``softcap`` may be traced.
+    """
+
+    ROWS: ClassVar[str] = "hidden"
+    DIMS: ClassVar = {"hidden": ("rows", None), "weight": ("vocabulary", None), "bias": ("vocabulary",)}
+
+    hidden: Any
+    weight: Any
+    bias: Any = None
+    _: KW_ONLY
+    scale: Any = None
+    softcap: Any = None
+
+    @property
+    def leading_shape(self) -> tuple[int, ...]:
+        return self.hidden.shape[:-1]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of the logits: never below float32."""
+        return logits_dtype(self.hidden)
+
+    @property
+    def gradient_dtype(self) -> jnp.dtype:
+        """The narrowest type in which `pullback` can take the gradient of the logits without loss."""
+        # float16 is scaled into range first, and a function of the product has to be differentiated before rounding.
+        exact = self.hidden.dtype == jnp.float16 or not self.is_linear
+        return self.dtype if exact else self.hidden.dtype
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether `product_pullback` is all of the pullback, which then needs no logits."""
+        return all(x is None for x in (self.bias, self.scale, self.softcap))
+
+    def flat(self) -> "LinearLogits":
+        """The same with hidden states of shape (N, D)."""
+        return replace(self, hidden=jnp.reshape(self.hidden, (-1, self.hidden.shape[-1])))
+
+    def prepared(self) -> "LinearLogits":
+        """The same with the head in the type of its product: done once, not a chunk."""
+        return replace(self, weight=self.weight.astype(self.hidden.dtype))
+
+    def take(self, index: Int[Array, " C"]) -> "LinearLogits":
+        """The rows ``index`` of a flat source; an index beyond the last row gives a row of zeros."""
+        return replace(self, hidden=take_rows(self.hidden, index))
+
+    def logits(self) -> Float[Array, "C V"]:
+        return self._transform(self._product(), self.bias, self.scale, self.softcap)
+
+    def logits_and_pullback(self) -> tuple[Float[Array, "C V"], Callable[..., Gradients]]:
+        """The logits, and a function from their gradient and a set of field names to the gradients of these fields.
+
+        Gradients are float32 (float64 for float64), unrounded sums over the rows of the chunk.
+        """
+        product = self._product()
+        if self.is_linear:
+            return product, self.product_pullback
+
+        def pullback(dlogits: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
+            _, transform_pullback = jax.vjp(self._transform, product, self.bias, self.scale, self.softcap)
+            dproduct, *rest = transform_pullback(dlogits)
+            gradients = dict(zip(("bias", "scale", "softcap"), rest, strict=True))
+            gradients = {k: v.astype(self.dtype) for k, v in gradients.items() if k in wanted}
+            return gradients | self.product_pullback(dproduct, wanted)
+
+        return self._transform(product, self.bias, self.scale, self.softcap), pullback
+
+    def _product(self) -> Float[Array, "C V"]:
+        return dot(self.hidden, self.weight, (1, 1), self.dtype)
+
+    def _transform(self, product, bias, scale, softcap) -> Float[Array, "C V"]:
+        z = product
+        if bias is not None:
+            z = z + bias.astype(self.dtype)
+        if scale is not None:
+            z = z * jnp.asarray(scale, self.dtype)
+        if softcap is not None:
+            softcap = jnp.asarray(softcap, self.dtype)
+            z = softcap * jnp.tanh(z / softcap)
+        return z
+
+    def product_pullback(self, dproduct: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
+        """Both products run in the type of the hidden states, with the logits' gradient rounded to it."""
+        scale = power_of_two_into_range(dproduct) if self.hidden.dtype == jnp.float16 else None
+        d = dproduct if scale is None else dproduct * scale
+        d = d.astype(self.hidden.dtype)
+
+        gradients = {}
+        if "hidden" in wanted:
+            gradients["hidden"] = dot(d, self.weight, (1, 0), self.dtype)  # (C, D)
+        if "weight" in wanted:
+            gradients["weight"] = dot(d, self.hidden, (0, 0), self.dtype)  # (V, D)
+        return gradients if scale is None else {k: v / scale for k, v in gradients.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Logits:
+    """Logits that already exist, of shape (..., V): from a model that cannot hand over its head, or from a file."""
+
+    ROWS: ClassVar[str] = "values"
+    DIMS: ClassVar = {"values": ("rows", "vocabulary")}
+
+    values: Any
+
+    @property
+    def leading_shape(self) -> tuple[int, ...]:
+        return self.values.shape[:-1]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.values.shape[-1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return logits_dtype(self.values)
+
+    @property
+    def gradient_dtype(self) -> jnp.dtype:
+        return self.dtype
+
+    def flat(self) -> "Logits":
+        return Logits(jnp.reshape(self.values, (-1, self.vocabulary)))
+
+    def prepared(self) -> "Logits":
+        return self
+
+    def take(self, index: Int[Array, " C"]) -> "Logits":
+        return Logits(take_rows(self.values, index))
+
+    def logits(self) -> Float[Array, "C V"]:
+        return self.values.astype(self.dtype)
+
+    def logits_and_pullback(self) -> tuple[Float[Array, "C V"], Callable[..., Gradients]]:
+        return self.logits(), lambda dlogits, wanted: {"values": dlogits} if "values" in wanted else {}
+
+
+Source: TypeAlias = LinearLogits | Logits
+
+
+class Place(NamedTuple):
+    """Where the gradient of some rows' logits goes: into ``rows`` from row ``first`` on."""
+
+    rows: Float[Array, "_ V"]
+    first: Int[Array, ""]
+
+    @classmethod
+    def alone(cls, num_rows: int, width: int, dtype: jnp.dtype) -> "Place":
+        """For a gradient that goes nowhere: rows that hold anything until it is written."""
+        return cls(jax.lax.empty((num_rows, width), dtype), jnp.zeros((), jnp.int32))
+
+
+def placed(gradient: Float[Array, "C V"], place: Place | None) -> Float[Array, "_ V"]:
+    """The rows of ``place`` with the gradient among them, or the gradient alone."""
+    if place is None:
+        return gradient
+    return jax.lax.dynamic_update_slice_in_dim(place.rows, gradient, place.first, axis=0)
+
+
+def logits_dtype(x: Any) -> jnp.dtype:
+    """float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if jnp.result_type(x) == jnp.float64 else jnp.float32)
+
+
+def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    """The product of two matrices over one axis of each, accumulated and returned in ``dtype``."""
+    return jax.lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=dtype)
+
+
+def take_rows(x: jax.Array, index: Int[Array, " C"]) -> jax.Array:
+    """Rows of ``x``; zeros for an index beyond its last row. ``index`` is increasing."""
+    return x.at[index].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+
+
+def power_of_two_into_range(x: jax.Array) -> jax.Array:
+    """A power of two that brings the largest finite magnitude of ``x`` to about 2**12: exact to multiply and divide by.
+
+    float16 reaches from 6e-8 to 65504, and near convergence the gradient of most logits lies below.
+    """
+    largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0))
+    exponent = jnp.clip(12 - jnp.ceil(jnp.log2(largest)), -100, 100)
+    return jnp.ldexp(jnp.ones_like(largest), exponent.astype(jnp.int32))

@@ -1,0 +1,120 @@
+"""What a call must satisfy, checked on shapes, types and the values known at tracing, before any work."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd.logits.sources import LinearLogits, Logits, Source
+
+
+def check_source(source: Any, prefix: str) -> None:
+    """Ranks, shapes and types of a source; ``prefix`` is what its fields are called in the caller's words."""
+    if isinstance(source, LinearLogits):
+        _check_linear(source, prefix)
+    elif isinstance(source, Logits):
+        check_floating(f"{prefix}values", source.values)
+        if source.values.ndim < 1:
+            raise ValueError(f"`{prefix}values` is a scalar; give logits of shape (..., V)")
+    else:
+        name = prefix.rstrip("._")
+        raise TypeError(f"`{name}` is a {type(source).__name__}; give a jaxkd.LinearLogits or a jaxkd.Logits")
+    if source.vocabulary < 1:
+        raise ValueError(
+            f"`{prefix}{'weight' if isinstance(source, LinearLogits) else 'values'}` has no vocabulary (V=0)"
+        )
+
+
+def _check_linear(source: LinearLogits, prefix: str) -> None:
+    hidden, weight, bias = source.hidden, source.weight, source.bias
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if value is not None or name != "bias":
+            check_floating(prefix + name, value)
+    if weight.ndim != 2:
+        raise ValueError(
+            f"`{prefix}weight` has shape {weight.shape}; give (V, D), for a Flax kernel of (D, V) `kernel.T`"
+        )
+    if hidden.ndim < 1:
+        raise ValueError(f"`{prefix}hidden` is a scalar; give hidden states of shape (..., D)")
+    vocabulary, size = weight.shape
+    if hidden.shape[-1] != size:
+        hint = f"; is it transposed? pass `{prefix}weight.T`" if hidden.shape[-1] == vocabulary else ""
+        raise ValueError(
+            f"`{prefix}weight` is (V={vocabulary}, D={size}) but `{prefix}hidden` has D={hidden.shape[-1]}{hint}"
+        )
+    if bias is not None and bias.shape != (vocabulary,):
+        raise ValueError(
+            f"`{prefix}bias` has shape {bias.shape} but `{prefix}weight` has V={vocabulary}; give ({vocabulary},)"
+        )
+    for name in ("scale", "softcap"):
+        value = getattr(source, name)
+        if value is not None:
+            check_scalar(f"{prefix}{name}", value, above=0 if name == "softcap" else None)
+
+
+def check_same_rows(student: Source, teacher: Any, names: tuple[str, str]) -> None:
+    """Leading axes of the teacher against the student's."""
+    if teacher.leading_shape != student.leading_shape:
+        raise ValueError(
+            f"`{names[1]}` has leading shape {teacher.leading_shape} but `{names[0]}` has {student.leading_shape}; "
+            "give one row each"
+        )
+
+
+def check_labels(labels: Any, rows: tuple[int, ...], name: str) -> None:
+    """Integers of the shape ``rows``, which is that of the argument ``name``."""
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise TypeError(f"`labels` is {jnp.result_type(labels).name}; give integer token ids")
+    if jnp.shape(labels) != rows:
+        raise ValueError(f"`labels` has shape {jnp.shape(labels)} but `{name}` has leading shape {rows}")
+
+
+def check_weights(weights: Any, rows: tuple[int, ...], name: str) -> None:
+    if jnp.shape(weights) != rows:
+        raise ValueError(f"`weights` has shape {jnp.shape(weights)} but `{name}` has leading shape {rows}")
+    known = known_value(weights)
+    if known is not None and (known < 0).any():
+        raise ValueError(f"`weights` has a negative value ({known.min():g}); weights are at least 0")
+
+
+def check_scalar(name: str, value: Any, above: float | None = None, at_least: float | None = None) -> None:
+    """A real scalar, finite and in range where its value is known."""
+    is_number = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) and not isinstance(value, bool)
+    if not is_number or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.number):
+        raise TypeError(f"`{name}` is {value!r}; give a number")
+    known = known_value(value)
+    if known is None:
+        return
+    if above is not None and not known > above:
+        raise ValueError(f"`{name}` is {known:g}; give a number above {above:g}")
+    if at_least is not None and not known >= at_least:
+        raise ValueError(f"`{name}` is {known:g}; give a number of at least {at_least:g}")
+
+
+def check_vocabulary(vocabulary: Any) -> None:
+    if vocabulary not in ("truncate", "mask"):
+        raise ValueError(f'`vocabulary` is {vocabulary!r}; give "truncate" or "mask"')
+
+
+def check_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"`{name}` is {value!r}; give an integer")
+
+
+def check_size(name: str, value: Any) -> None:
+    check_integer(name, value)
+    if value < 1:
+        raise ValueError(f"`{name}` is {value}; give a positive integer or None")
+
+
+def known_value(x: Any) -> np.ndarray | None:
+    """The value of a number or array, or None while it is traced."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)
+
+
+def check_floating(name: str, x: Any) -> None:
+    if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
+        raise TypeError(f"`{name}` is a {type(x).__name__}; give an array")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`{name}` is {jnp.dtype(x.dtype).name}; give a floating-point array")

@@ -1,0 +1,204 @@
+"""A row loss of one's own, chunked: a plain function of a chunk's logits gets everything the losses here have."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from jaxkd.logits.sources import LinearLogits, Logits, Place, Source, placed, take_rows
+from jaxkd.loop.checks import check_source
+from jaxkd.loop.chunked import sum_rows
+from jaxkd.loop.row_weights import check_row_arguments, count_rows, rows_of_chunk, weighted
+from jaxkd.metrics import Metrics, metrics_of
+
+RowFunction = Callable[..., Any]
+
+
+def chunked_loss(
+    function: RowFunction,
+    student: Source,
+    labels: ArrayLike | None = None,
+    *,
+    per_row: Any = (),
+    shared: Any = (),
+    ignore_index: int = -100,
+    weights: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """A loss of your own over rows of logits that are never formed all at once.
+
+        loss = sum_n weights_n function(logits, labels, per_row, shared)_n / normalizer
+
+    The function sees one chunk of C rows and returns one number a row. Chunks, masks, means, float32 sums and the
+    gradient in the forward pass are those of `distillation_loss`: a row labelled ``ignore_index`` or of weight 0 is
+    never looked at, and the function's own derivative (`jax.vjp`) is pulled back to the student chunk by chunk.
+
+    Args:
+      function: ``function(logits, labels, per_row, shared)`` of logits (C, V) in float32 (float64 for float64), labels
+        (C,) or None, and what is given below, to (C,), or to (C,) and a dict of metrics (C,). A row's number may depend
+        on no other row: which rows share a chunk is not yours to know. Define it at module level, or call under
+        `jax.jit`: it is part of what is compiled.
+      student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`; gradients reach all its arrays.
+      labels: (...) integers or None. One outside the vocabulary other than ``ignore_index`` makes the loss NaN.
+      per_row: a pytree. A `LinearLogits` or `Logits` in it (a teacher) reaches the function as its logits of the
+        chunk's rows, (C, Vt); an array (..., *rest) with the student's leading axes as its rows, (C, *rest).
+      shared: a pytree of arrays that reaches the function as it is: temperatures, tables.
+      ignore_index, weights, normalizer, chunk_size: as in `distillation_loss`.
+
+    ``per_row``, ``shared`` and ``weights`` are constants: asking for their gradient raises an error. A teacher that
+    depends on what is trained goes through `jax.lax.stop_gradient`.
+
+    Returns:
+      The loss, a float32 scalar (float64 for float64), and the metrics: the function's, each normalised as the loss is,
+      and "num_rows" that count, in float32 and without gradient.
+
+    Raises:
+      TypeError, ValueError: shapes, types or values that do not fit, what the function returns included, named, before
+        any work.
+
+    The idea is Liger Kernel's FlexChunkLoss (its RFC 371).
+
+    Cross-entropy with a penalty on the log-normaliser (PaLM's z-loss):
+
+    >>> def z_loss(logits, labels, per_row, shared):
+    ...     log_z = jax.nn.logsumexp(logits, axis=1)
+    ...     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    ...     return log_z - label_logits + shared * log_z**2, {"log_z": log_z}
+    >>> student = LinearLogits(jnp.ones((3, 2)), jnp.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
+    >>> loss, metrics = chunked_loss(z_loss, student, jnp.array([0, 2, -100]), shared=jnp.asarray(0.1))
+    >>> print(f"{loss:.4f}, log-normaliser {metrics['log_z']:.4f}, {metrics['num_rows']:.0f} rows")
+    1.7024, log-normaliser 2.5514, 2 rows
+    """
+    if not callable(function):
+        raise TypeError(f"`function` is {function!r}; give a function (logits, labels, per_row, shared) -> (C,)")
+    check_source(student, "student.")
+    name = f"student.{student.ROWS}"
+    check_row_arguments(
+        student,
+        name,
+        labels=labels,
+        weights=weights,
+        normalizer=normalizer,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+    )
+    jax.tree_util.tree_map_with_path(
+        lambda path, x: _check_per_row("per_row" + jax.tree_util.keystr(path), x, student.leading_shape, name),
+        per_row,
+        is_leaf=_is_source,
+    )
+
+    depth = len(student.leading_shape)
+    student = student.flat()
+    per_row = jax.tree.map(lambda x: _flat(x, depth), per_row, is_leaf=_is_source)
+    teachers = [x for x in jax.tree.leaves(per_row, is_leaf=_is_source) if _is_source(x)]
+    chunks = rows_of_chunk(chunk_size, student, *teachers)
+    rows = count_rows(student, labels, weights, normalizer, ignore_index)
+    loss = FunctionLoss(function, rows.labels, rows.weights, per_row, jax.tree.map(jnp.asarray, shared))
+    loss = replace(loss, metrics=names_of_metrics(loss, student, chunks.piece))
+    sums = sum_rows(loss, student, rows.counts, rows.normalizer, chunks)
+    metrics = {name: sums[name] for name in loss.metrics} | {"num_rows": rows.num_rows}
+    return sums["loss"], metrics_of(metrics)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FunctionLoss:
+    """A function of a chunk's logits as a row loss of the loop in `jaxkd.loop.chunked`."""
+
+    function: RowFunction = field(metadata={"static": True})
+    labels: Any
+    weights: Any
+    per_row: Any = ()
+    shared: Any = ()
+    metrics: tuple[str, ...] = field(default=(), metadata={"static": True})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("loss", *self.metrics)
+
+    def take(self, index: Int[Array, " C"]) -> "FunctionLoss":
+        def rows(x: Any) -> Any:
+            return x.take(index) if _is_source(x) else take_rows(x, index)
+
+        return replace(
+            self,
+            per_row=jax.tree.map(rows, self.per_row, is_leaf=_is_source),
+            labels=None if self.labels is None else take_rows(self.labels, index),
+            weights=take_rows(self.weights, index),
+        )
+
+    def weighted(self, weights: Float[Array, " N"]) -> "FunctionLoss":
+        return replace(self, weights=weighted(self.weights, weights))
+
+    def __call__(
+        self, logits: Float[Array, "C V"], gradient_dtype: Any, place: Place | None
+    ) -> tuple[Metrics, jax.Array | None]:
+        if gradient_dtype is None:
+            loss, metrics = self.rows(logits)
+            gradient = None
+        else:
+            loss, pullback, metrics = jax.vjp(self.rows, logits, has_aux=True)
+            (gradient,) = pullback(self.weights)
+            gradient = placed(jnp.where(self.weights[:, None] == 0, 0, gradient).astype(gradient_dtype), place)
+        return {name: weighted(self.weights, x) for name, x in {"loss": loss, **metrics}.items()}, gradient
+
+    def rows(self, logits: Float[Array, "C V"]) -> tuple[Float[Array, " C"], Metrics]:
+        """The function's numbers in the type of the logits."""
+        per_row = jax.tree.map(
+            lambda x: x.logits().astype(logits.dtype) if _is_source(x) else x, self.per_row, is_leaf=_is_source
+        )
+        result = self.function(logits, self.labels, per_row, self.shared)
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        return loss.astype(logits.dtype), {name: x.astype(logits.dtype) for name, x in metrics.items()}
+
+
+def _is_source(x: Any) -> bool:
+    return isinstance(x, (LinearLogits, Logits))
+
+
+def _flat(x: Any, depth: int) -> Any:
+    return x.flat().prepared() if _is_source(x) else jnp.reshape(jnp.asarray(x), (-1, *jnp.shape(x)[depth:]))
+
+
+def _check_per_row(name: str, x: Any, rows: tuple[int, ...], student: str) -> None:
+    if _is_source(x):
+        check_source(x, f"{name}.")
+    shape = x.leading_shape if _is_source(x) else jnp.shape(x)[: len(rows)]
+    if shape != rows:
+        what = f"leading shape {shape}" if _is_source(x) else f"shape {jnp.shape(x)}"
+        raise ValueError(
+            f"`{name}` has {what} but `{student}` has leading shape {rows}; give one row each, or pass it in `shared`"
+        )
+
+
+def names_of_metrics(loss: FunctionLoss, student: Source, chunk_size: int) -> tuple[str, ...]:
+    """What the function returns for a chunk, traced on shapes alone and checked."""
+
+    def chunk(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((chunk_size, *x.shape[1:]), x.dtype)
+
+    per_row = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((chunk_size, x.vocabulary), student.dtype) if _is_source(x) else chunk(x),
+        loss.per_row,
+        is_leaf=_is_source,
+    )
+    logits = jax.ShapeDtypeStruct((chunk_size, student.vocabulary), student.dtype)
+    labels = None if loss.labels is None else chunk(loss.labels)
+    result = jax.eval_shape(loss.function, logits, labels, per_row, loss.shared)
+    rows, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(metrics, dict):
+        raise TypeError(f"`function` returns {result}; give (C,), or (C,) and a dict of metrics (C,)")
+    if reserved := {"loss", "num_rows"} & metrics.keys():
+        raise ValueError(f"`function` returns a metric {sorted(reserved)}; these are jaxkd's own, give another name")
+    for name, x in {"the loss": rows, **metrics}.items():
+        if not hasattr(x, "shape"):
+            raise TypeError(f"`function` returns {x!r} as {name}; give an array of one number a row")
+        if x.shape != (chunk_size,):
+            raise ValueError(f"`function` returns {x.shape} as {name}; give one number a row, here ({chunk_size},)")
+    return tuple(sorted(metrics))

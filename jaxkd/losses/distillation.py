@@ -1,0 +1,350 @@
+"""The distillation losses: what users call, and the row loss that they hand to the loop."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from jaxkd.divergences.sums_over_tokens import forward_kl, jensen_shannon
+from jaxkd.divergences.whole_rows import AnyDivergence, check_divergence
+from jaxkd.kernels.dispatch import Chunk, RowLosses, row_losses_for
+from jaxkd.kernels.reference import RowOptions, VocabularyShards
+from jaxkd.logits.sources import LinearLogits, Logits, Place, Source, take_rows
+from jaxkd.loop.checks import check_same_rows, check_scalar, check_source, check_vocabulary
+from jaxkd.loop.chunked import sum_rows
+from jaxkd.loop.partitioning import ROWS, Layout, Sharding, layout_of
+from jaxkd.loop.row_weights import check_row_arguments, count_rows, rows_of_chunk, weighted
+from jaxkd.metrics import Metrics, metrics_of
+from jaxkd.teachers.protocol import Bucketed, Teacher, check_teacher, for_loop
+
+
+def distillation_loss(
+    student: Source,
+    teacher: Teacher,
+    labels: ArrayLike | None = None,
+    *,
+    divergence: AnyDivergence = forward_kl,
+    temperature: ArrayLike = 1.0,
+    soft_weight: ArrayLike = 1.0,
+    hard_weight: ArrayLike = 0.0,
+    ignore_index: int = -100,
+    weights: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+    vocabulary: str = "truncate",
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    sharding: Sharding | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Distils a teacher into a student without ever forming the (N, V) logits of either.
+
+        loss = sum_n weights_n (soft_weight soft_n + hard_weight hard_n) / normalizer
+
+    where, for each of the N rows (token positions) that count, ``soft_n`` is ``divergence`` between the teacher's and
+    the student's softmax at ``temperature``, and ``hard_n`` the cross-entropy of the student's untempered logits with
+    the label. A row counts when its label is not ``ignore_index``; without labels all do. A row that does not count
+    adds exactly nothing to the loss or to any gradient, whatever its states hold.
+
+    Logits, losses and the sum of the head's gradient over chunks are float32 whatever the inputs (float64 for float64
+    hidden states); matrix products run in the type of the hidden states. Gradients come in the type of their primal.
+
+    Args:
+      student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`; gradients reach all its arrays.
+      teacher: the same with leading axes equal to the student's and a width of its own; or `TopKLogProbs`, what is kept
+        of a teacher that is not there; a `Mixture` of several; a `VocabularyMap`, of another tokenizer. No gradient
+        ever reaches it.
+      labels: (...) integers, or None. One outside the student's vocabulary other than ``ignore_index`` makes the loss
+        NaN.
+      divergence: `forward_kl`, `jensen_shannon(beta)`, `earth_mover`, ... or a `Divergence` or `RowDivergence` of your
+        own.
+      temperature: divides both models' logits in the soft loss. The loss is not multiplied by its square, as it is in
+        Hinton's recipe: pass ``soft_weight=temperature**2 * w`` for that.
+      soft_weight, hard_weight: the weights of the two parts; a non-zero ``hard_weight`` needs labels.
+      ignore_index: the label of a row that does not count.
+      weights: (...) non-negative factors of the rows, or None for 1.
+      normalizer: what divides the sum; None is the sum of the counted rows' weights. With the token count of a global
+        batch, the losses and gradients of its micro-batches add up to those of the whole.
+      vocabulary: for models of different widths: "truncate" compares the common first columns, both sides renormalised
+        over them; "mask" gives a side -inf where it has no token.
+      chunk_size: rows whose logits, or gradients of these, exist at a time, at most; None chooses by the widths of the
+        vocabularies.
+      implementation: "mosaic" (the kernel for Hopper GPUs), "triton" (the kernel for CUDA GPUs), "xla", or None for the
+        first of these that can run the call.
+      sharding: a `Sharding` that says which axes of a device mesh hold the rows and the vocabulary, or None for one
+        device. ``chunk_size`` then counts the rows of each device.
+
+    Temperature, weights, normalizer and the divergence's parameter may be traced. They are constants to
+    differentiation: asking for their gradient raises an error.
+
+    Returns:
+      The loss, a float32 scalar (float64 for float64), and metrics ``{"soft", "hard", "num_rows"}``: the two parts,
+      normalised as the loss is but not weighted by ``soft_weight`` and ``hard_weight`` ("hard" is 0 without labels),
+      and the number of rows that count. Metrics are for reading and carry no gradient: to change what is trained on,
+      use ``soft_weight`` and ``hard_weight``.
+
+    Raises:
+      TypeError, ValueError: shapes, types or values that do not fit, named, before any work.
+
+    The idea of forming gradients chunk by chunk in the forward pass is Liger Kernel's (pull request 408, RFC 371).
+
+    >>> student = LinearLogits(jnp.ones((3, 2)), jnp.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
+    >>> teacher = LinearLogits(jnp.ones((3, 1)), jnp.array([[0.0], [1.0], [3.0]]))
+    >>> loss, metrics = distillation_loss(student, teacher, jnp.array([0, 2, -100]), hard_weight=0.5)
+    >>> print(f"{loss:.4f} = {metrics['soft']:.4f} + 0.5 * {metrics['hard']:.4f}, {metrics['num_rows']:.0f} rows")
+    0.7091 = 0.1834 + 0.5 * 1.0514, 2 rows
+    """
+    return _distillation_loss(
+        student,
+        teacher,
+        labels,
+        prefixes=("student.", "teacher."),
+        divergence=divergence,
+        temperature=temperature,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        ignore_index=ignore_index,
+        weights=weights,
+        normalizer=normalizer,
+        vocabulary=vocabulary,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        sharding=sharding,
+    )
+
+
+def fused_linear_jsd(
+    student_hidden: ArrayLike,
+    student_weight: ArrayLike,
+    teacher_hidden: ArrayLike,
+    teacher_weight: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    beta: ArrayLike = 0.5,
+    temperature: ArrayLike = 1.0,
+    soft_weight: ArrayLike = 1.0,
+    hard_weight: ArrayLike = 0.0,
+    student_bias: ArrayLike | None = None,
+    teacher_bias: ArrayLike | None = None,
+    ignore_index: int = -100,
+    weights: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    sharding: Sharding | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """The generalised Jensen-Shannon distillation loss of two linear heads: `distillation_loss` in one line.
+
+    JSD = beta KL(P‖M) + (1 - beta) KL(Q‖M), M = beta P + (1 - beta) Q, with P the teacher's and Q the student's softmax
+    at ``temperature``. ``beta=0`` is forward KL and ``beta=1`` reverse KL.
+
+    Args:
+      student_hidden: (..., D) floating; student_weight: (V, D); student_bias: (V,) or None. They get gradients.
+      teacher_hidden: (..., Dt) floating; teacher_weight: (Vt, Dt); teacher_bias: (Vt,) or None. They get none.
+      labels: (...) integers or None.
+      beta: the teacher's weight in the mixture, in [0, 1]; strictly inside if traced.
+
+    The other arguments, the result ``(loss, metrics)``, units and errors are those of `distillation_loss`; metrics
+    carry no gradient, ``soft_weight`` and ``hard_weight`` say what is trained on.
+
+    Source: Liger Kernel, pull request 408; GKD (arXiv 2306.13649) for the divergence.
+
+    >>> loss, _ = fused_linear_jsd(jnp.ones((3, 2)), jnp.eye(2), jnp.ones((3, 1)), jnp.array([[0.0], [1.0]]))
+    >>> print(f"{loss:.4f}")
+    0.0285
+    """
+    return _distillation_loss(
+        LinearLogits(student_hidden, student_weight, student_bias),
+        LinearLogits(teacher_hidden, teacher_weight, teacher_bias),
+        labels,
+        prefixes=("student_", "teacher_"),
+        divergence=jensen_shannon(beta),
+        temperature=temperature,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        ignore_index=ignore_index,
+        weights=weights,
+        normalizer=normalizer,
+        vocabulary="truncate",
+        chunk_size=chunk_size,
+        implementation=implementation,
+        sharding=sharding,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _RowLoss:
+    """The weighted sum of the soft and the hard loss of each row, for the loop in `jaxkd.loop.chunked`."""
+
+    teacher: Any
+    labels: Any
+    weights: Any
+    soft_weight: Any
+    hard_weight: Any
+    temperature: Any
+    divergence: AnyDivergence
+    row_losses: RowLosses = field(metadata={"static": True})
+    options: RowOptions = field(metadata={"static": True})
+    names = ("loss", "soft", "hard")
+    DIMS: ClassVar = {"labels": (ROWS,), "weights": (ROWS,)}
+
+    def take(self, index: Int[Array, " C"]) -> "_RowLoss":
+        return replace(
+            self,
+            teacher=self.teacher.take(index),
+            labels=take_rows(self.labels, index),
+            weights=take_rows(self.weights, index),
+        )
+
+    def __call__(
+        self, logits: Float[Array, "C V"], gradient_dtype: Any, place: Place | None
+    ) -> tuple[Metrics, jax.Array | None]:
+        soft_scale, hard_scale = self.soft_weight * self.weights, self.hard_weight * self.weights
+        soft, hard, gradient = self.row_losses(
+            logits,
+            self.teacher if isinstance(self.teacher, Bucketed) else self.teacher.logits().astype(logits.dtype),
+            self.labels,
+            soft_scale,
+            hard_scale,
+            self.temperature,
+            self.divergence,
+            replace(self.options, gradient_dtype=gradient_dtype),
+            place,
+        )
+        sums = {
+            "loss": weighted(soft_scale, soft) + weighted(hard_scale, hard),
+            "soft": weighted(self.weights, soft),
+            "hard": weighted(self.weights, hard),
+        }
+        return sums, gradient
+
+
+def _distillation_loss(
+    student: Source,
+    teacher: Teacher,
+    labels: Any,
+    *,
+    prefixes: tuple[str, str],
+    divergence: AnyDivergence,
+    temperature: Any,
+    soft_weight: Any,
+    hard_weight: Any,
+    ignore_index: int,
+    weights: Any,
+    normalizer: Any,
+    vocabulary: str,
+    chunk_size: int | None,
+    implementation: str | None,
+    sharding: Sharding | None,
+) -> tuple[jax.Array, Metrics]:
+    check_source(student, prefixes[0])
+    check_divergence(divergence)
+    check_scalar("temperature", temperature, above=0)
+    check_teacher(teacher, prefixes[1], student, divergence, temperature)
+    rows_names = prefixes[0] + student.ROWS, prefixes[1] + teacher.ROWS
+    check_same_rows(student, teacher, rows_names)
+    check_row_arguments(
+        student,
+        rows_names[0],
+        labels=labels,
+        weights=weights,
+        normalizer=normalizer,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+    )
+    check_scalar("soft_weight", soft_weight, at_least=0)
+    check_scalar("hard_weight", hard_weight, at_least=0)
+    if labels is None and not (isinstance(hard_weight, (int, float)) and hard_weight == 0):
+        raise ValueError(f"`hard_weight` is {hard_weight} but there are no `labels`; give labels or leave it 0")
+    check_vocabulary(vocabulary)
+
+    layout = layout_of(sharding, len(student.leading_shape))
+    if layout.vocabulary and not isinstance(teacher, LinearLogits | Logits):
+        raise ValueError(
+            f"`sharding` splits the vocabulary, which a {type(teacher).__name__} as `teacher` does not support; leave "
+            "`vocabulary` out of `sharding` to split the rows"
+        )
+    teacher = for_loop(teacher, temperature)
+    layout.check(student, teacher)
+    function = partial(
+        _loss_of_arrays,
+        layout=layout,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        options=RowOptions(
+            vocabulary=vocabulary,
+            has_labels=labels is not None,
+            is_tempered=not (isinstance(temperature, (int, float)) and temperature == 1),
+        ),
+    )
+    arrays = student, teacher, labels, weights, normalizer, soft_weight, hard_weight, temperature, divergence
+    return layout.run(function, *arrays)
+
+
+def _loss_of_arrays(
+    student: Source,
+    teacher: Any,
+    labels: Any,
+    weights: Any,
+    normalizer: Any,
+    soft_weight: Any,
+    hard_weight: Any,
+    temperature: Any,
+    divergence: AnyDivergence,
+    *,
+    layout: Layout,
+    ignore_index: int,
+    chunk_size: int | None,
+    implementation: str | None,
+    options: RowOptions,
+) -> tuple[jax.Array, Metrics]:
+    widths = layout.whole_width(student.vocabulary), layout.whole_width(teacher.vocabulary)
+    if layout.fills_up(student.leading_shape) and labels is None:
+        labels = jnp.zeros(student.leading_shape, jnp.int32)
+    if layout.vocabulary:
+        options = replace(options, shards=VocabularyShards(layout.vocabulary, *widths))
+    student, teacher = layout.flat(student, teacher, truncate=options.vocabulary == "truncate")
+    teacher, dtype = teacher.prepared(), student.dtype
+
+    chunks = rows_of_chunk(chunk_size, student, teacher, layout=layout)
+    chunk = Chunk(
+        layout.gather_size * chunks.size,
+        layout.local_width(student.vocabulary),
+        layout.local_width(teacher.vocabulary),
+        dtype,
+        is_shard=options.shards is not None,
+    )
+    row_losses = row_losses_for(implementation, chunk, divergence, in_buckets=isinstance(teacher, Bucketed))
+    rows = count_rows(
+        student,
+        layout.flat_rows(labels, fill=ignore_index),
+        layout.flat_rows(weights, fill=0),
+        normalizer,
+        ignore_index,
+        vocabulary=widths[0],
+        layout=layout,
+    )
+    sums = sum_rows(
+        _RowLoss(
+            teacher=teacher,
+            labels=jnp.zeros_like(rows.weights, jnp.int32) if rows.labels is None else rows.labels,
+            weights=rows.weights,
+            soft_weight=jnp.asarray(soft_weight, dtype),
+            hard_weight=jnp.asarray(hard_weight, dtype),
+            temperature=jnp.asarray(temperature, dtype),
+            divergence=jax.tree.map(lambda x: jnp.asarray(x, dtype), divergence),
+            row_losses=row_losses,
+            options=options,
+        ),
+        student,
+        counts=rows.counts,
+        normalizer=rows.normalizer,
+        chunks=chunks,
+        layout=layout,
+    )
+    metrics = {"soft": sums["soft"], "hard": sums["hard"], "num_rows": rows.num_rows}
+    return sums["loss"], metrics_of(metrics)

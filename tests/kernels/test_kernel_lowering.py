@@ -1,0 +1,222 @@
+"""The kernels lowered to CUDA without a GPU, and compiled to machine code where the `triton` package is installed."""
+
+import re
+import subprocess
+
+import cases
+import jax
+import jax.numpy as jnp
+import jaxprs
+import lowering
+import pytest
+
+import jaxkd
+from jaxkd.loop import chunked
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic kernel is for jax 0.11 and later")
+
+N, D, D_TEACHER, V = 64, 32, 48, 50257
+
+
+def lowered(name, *, width=V, teacher_width=V, dtype=jnp.bfloat16, labelled=True, differentiate=True, **options):
+    def source(hidden, width):
+        return jaxkd.LinearLogits(*(jax.ShapeDtypeStruct((size, hidden), dtype) for size in (N, width)))
+
+    def loss(student, teacher, labels, temperature):
+        return jaxkd.distillation_loss(
+            student,
+            teacher,
+            labels,
+            divergence=cases.DIVERGENCES[name].make(),
+            temperature=temperature,
+            hard_weight=0.5 if labelled else 0.0,
+            chunk_size=16,
+            **{"implementation": "triton"} | options,
+        )
+
+    return lowering.lower_for_h100(
+        jax.value_and_grad(loss, has_aux=True) if differentiate else loss,
+        source(D, width),
+        source(D_TEACHER, teacher_width),
+        jax.ShapeDtypeStruct((N,), jnp.int32) if labelled else None,
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", cases.DIVERGENCES)
+def test_every_divergence(name, dtype):
+    assert len(lowering.triton_calls(lowered(name, dtype=dtype))) == 1
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("differentiate", [False, True])
+@pytest.mark.parametrize("widths", [(123, 123), (50257, 50304), (50304, 50257), (128256, 128256)])
+@pytest.mark.parametrize("vocabulary", ["truncate", "mask"])
+def test_every_variant(labelled, differentiate, widths, vocabulary):
+    call = lowered(
+        "jensen_shannon",
+        width=widths[0],
+        teacher_width=widths[1],
+        labelled=labelled,
+        differentiate=differentiate,
+        vocabulary=vocabulary,
+    )
+    assert len(lowering.triton_calls(call)) == 1
+
+
+def test_every_access_is_masked():
+    """Unmasked, a block that overhangs a row would write into the next."""
+    (call,) = lowering.triton_calls(lowered("jensen_shannon"))
+    accesses = re.findall(r"tt\.(load|store) (.*?) : tensor<", lowering.triton_ir(call))
+    assert {"load", "store"} == {kind for kind, _ in accesses}
+    operands = {"load": 2, "store": 3}  # pointers, (values,) mask
+    assert all(len(re.findall(r"%\w+", rest)) >= operands[kind] for kind, rest in accesses)
+
+
+def is_triton(lowered):
+    return "custom_call @__gpu$xla.gpu.triton" in lowered.as_text()
+
+
+def is_mosaic(lowered):
+    return "custom_call @mosaic_gpu" in lowered.as_text()
+
+
+def only_kernel(text):
+    """The line of a program's only call of a kernel."""
+    (call,) = [x for x in text.splitlines() if "custom_call @mosaic_gpu" in x or "gpu.triton" in x]
+    return call
+
+
+def test_triton_is_chosen_on_a_gpu_by_default():
+    """V = 50257 is none of the widths that the Mosaic kernel takes."""
+    assert is_triton(lowered("jensen_shannon", implementation=None))
+
+
+@needs_mosaic
+def test_mosaic_is_chosen_on_an_h100_by_default():
+    text = lowered("jensen_shannon", width=128256, teacher_width=128256, implementation=None)
+    assert is_mosaic(text)
+    assert not is_triton(text)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", cases.DIVERGENCES)
+def test_every_divergence_of_mosaic(name, dtype):
+    assert is_mosaic(lowered(name, width=32000, teacher_width=32000, dtype=dtype, implementation="mosaic"))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("differentiate", [False, True])
+@pytest.mark.parametrize("width", [32000, 128256, 151936])
+def test_every_variant_of_mosaic(labelled, differentiate, width):
+    options = {"labelled": labelled, "differentiate": differentiate, "implementation": "mosaic"}
+    assert is_mosaic(lowered("jensen_shannon", width=width, teacher_width=width, **options))
+
+
+@pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic)])
+def test_pieces_under_x64(kernel, monkeypatch, x64):
+    monkeypatch.setattr(chunked, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    text = lowered("jensen_shannon", width=32000, teacher_width=32000, implementation=kernel)
+    assert {"triton": is_triton, "mosaic": is_mosaic}[kernel](text)
+
+
+@pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic), None])
+def test_pieces_are_written_in_place(kernel, monkeypatch):
+    monkeypatch.setattr(chunked, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    text = lowered("jensen_shannon", width=32000, teacher_width=32000, implementation=kernel).as_text()
+    assert "output_operand_alias<" in only_kernel(text)
+    assert "tensor<8x32000xf32>" in text or "tensor<256000xf32>" in text
+    assert "tensor<16x32000xf32>" not in text
+
+
+@pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic)])
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize("transform", ["vmap", "checkpoint"])
+def test_transforms_keep_the_kernel(transform, in_pieces, kernel, monkeypatch):
+    """It runs once with a gradient, which is all that reads what it writes in place."""
+    monkeypatch.setattr(chunked, "PIECE_BYTES", (8 if in_pieces else 64) * 2 * 32000 * 4)
+
+    def loss(hidden, weight):
+        student, teacher = jaxkd.LinearLogits(hidden, weight), jaxkd.LinearLogits(hidden[:, ::-1], weight)
+        return jaxkd.distillation_loss(student, teacher, chunk_size=16, implementation=kernel)[0]
+
+    shapes = [jax.ShapeDtypeStruct((size, D), jnp.bfloat16) for size in (N, 32000)]
+    if transform == "vmap":
+        shapes[0] = jax.ShapeDtypeStruct((3, N, D), jnp.bfloat16)
+        function = jax.vmap(jax.grad(loss), (0, None))
+    else:
+        function = jax.grad(jax.checkpoint(loss))
+    text = lowering.lower_for_h100(function, *shapes).as_text()
+    assert "xbf16>)" in only_kernel(text)
+    if transform == "vmap" and kernel == "mosaic":  # nothing is fused with what writes in place
+        assert text.count("optimization_barrier") == 2
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"width": 32000, "teacher_width": 32032}, "32000.*32032"),
+        ({"width": 50257, "teacher_width": 50257}, "50257"),
+        ({"width": 64, "teacher_width": 64}, "64"),
+        ({"width": 2**20, "teacher_width": 2**20}, "1048576.*shared memory"),
+    ],
+)
+def test_mosaic_says_why_it_cannot(options, reason):
+    with pytest.raises(ValueError, match=f"mosaic.*{reason}"):
+        lowered("jensen_shannon", implementation="mosaic", **options)
+
+
+@needs_mosaic
+def test_mosaic_refuses_float64(x64):
+    with pytest.raises(ValueError, match=r"mosaic.*float64"):
+        lowered("jensen_shannon", width=32000, teacher_width=32000, dtype=jnp.float64, implementation="mosaic")
+
+
+def test_never_for_float64(x64):
+    for width in (V, 32000):
+        text = lowered("jensen_shannon", width=width, teacher_width=width, dtype=jnp.float64, implementation=None)
+        assert not is_triton(text)
+        assert not is_mosaic(text)
+
+
+def test_logits_stay_float32_between_product_and_kernel():
+    """bfloat16 in, float32 logits, a bfloat16 gradient out: what near convergence needs, and no more."""
+    student, teacher = (
+        jaxkd.LinearLogits(jnp.ones((N, hidden), jnp.bfloat16), jnp.ones((V, hidden), jnp.bfloat16))
+        for hidden in (D, D_TEACHER)
+    )
+
+    def loss(student):
+        return jaxkd.distillation_loss(student, teacher, chunk_size=16, implementation="triton")[0]
+
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=lowering.H100)
+    with jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(student)
+    (call,) = [x for x in jaxprs.equations(jaxpr) if x.primitive.name == "pallas_call"]
+    assert [v.aval.dtype for v in call.invars if v.aval.ndim == 2] == [jnp.float32] * 2 + [jnp.bfloat16]
+    assert [v.aval.dtype for v in call.outvars if v.aval.ndim == 2] == [jnp.bfloat16]
+
+
+@pytest.mark.parametrize("name", cases.ONE_OF_EACH)
+def test_machine_code_does_not_spill(name, tmp_path):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    (call,) = lowering.triton_calls(lowered(name))
+    source = tmp_path / "rows.ttir"
+    source.write_text(lowering.triton_ir(call))
+    options = {key: call[key].value for key in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+    compiled = triton.compile(str(source), target=GPUTarget("cuda", 90, 32), options=options)
+    assert ".target sm_90a" in compiled.asm["ptx"]
+    cubin = tmp_path / "rows.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "REG:" in usage
+    assert "STACK:0 " in usage, usage
+    assert "LOCAL:0 " in usage, usage

@@ -1,0 +1,121 @@
+"""The kernels' own `expm1` and `log1p`, and the terms that are traced with them."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkd
+from jaxkd.kernels import kernel_math
+
+
+def float64_of(function, x):
+    with np.errstate(over="ignore", divide="ignore"):
+        return function(np.float64(x))
+
+
+NEAR_ZERO = np.concatenate([sign * np.geomspace(1e-30, 0.3, 4001) for sign in (-1, 1)]).astype(np.float32)
+
+
+@pytest.mark.parametrize("x", [NEAR_ZERO, np.linspace(-80, 80, 9001, dtype=np.float32)])
+def test_expm1(x):
+    np.testing.assert_allclose(kernel_math.expm1(x), float64_of(np.expm1, x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("x", [NEAR_ZERO, np.linspace(-0.999, 1e4, 9001, dtype=np.float32)])
+def test_log1p(x):
+    np.testing.assert_allclose(kernel_math.log1p(x), float64_of(np.log1p, x), rtol=1e-6)
+
+
+def test_at_the_ends():
+    ends = jnp.array([0.0, -jnp.inf, jnp.inf])
+    np.testing.assert_array_equal(kernel_math.expm1(ends), [0, -1, jnp.inf])
+    np.testing.assert_array_equal(kernel_math.log1p(jnp.array([0.0, -1, jnp.inf])), [0, -jnp.inf, jnp.inf])
+
+
+@pytest.mark.parametrize("name", cases.DIVERGENCES)
+def test_terms_and_slopes_are_the_same(name):
+    divergence = cases.DIVERGENCES[name].make()
+    rng = np.random.default_rng(0)
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(rng.normal(scale=5, size=1009), jnp.float32)) for _ in range(2))
+    log_q = jnp.where(rng.random(1009) < 0.3, log_p + 1e-3, log_q)
+    log_p, log_q = log_p.at[:4].set(-jnp.inf), log_q.at[2:4].set(-jnp.inf)
+    plain = jax.jit(divergence.term_and_slope)(log_p, log_q)
+    replaced = jax.jit(kernel_math.with_kernel_math(divergence.term_and_slope))(log_p, log_q)
+    for got, want in zip(replaced, plain, strict=True):
+        scale = np.max(np.where(np.isfinite(want), np.abs(want), 0))
+        np.testing.assert_allclose(got, want, rtol=3e-6, atol=1e-7 * scale)
+
+
+@pytest.mark.parametrize("name", cases.DIVERGENCES)
+@pytest.mark.parametrize("gap", [3.0, 0.02])
+def test_base_2_forms_are_the_same(name, gap):
+    """To the rounding of float32 logits: 2e-6 of a probability times its logarithm."""
+    divergence = cases.DIVERGENCES[name].make()
+    rng = np.random.default_rng(0)
+    z = rng.normal(scale=4, size=1009)
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (z, z + gap * rng.normal(size=1009)))
+    log_p, log_q = log_p.at[:4].set(-jnp.inf), log_q.at[2:6].set(-jnp.inf)
+    form = kernel_math.base_2_term_and_slope_of(divergence)
+    got = jax.jit(form)(log_p / kernel_math.LN2, log_q / kernel_math.LN2, *divergence.parameters)
+    for x, want in zip(got, jax.jit(divergence.term_and_slope)(log_p, log_q), strict=True):
+        weight = jnp.where(jnp.isfinite(want), jnp.exp(jnp.maximum(log_p, log_q)), 0)
+        np.testing.assert_allclose(x, want, rtol=3e-6, atol=1e-37 + 4e-6 * np.max(weight))
+        np.testing.assert_array_less(jnp.abs(jnp.where(jnp.isfinite(want), x - want, 0)), 1e-12 + 4e-5 * weight)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("gap", [0.002, 0.02, 0.2, 2.0])
+def test_kernel_form_of_the_jsd_near_convergence(beta, gap):
+    """The loss is right to 1e-4 of itself, however small it is."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(scale=3, size=(16, 32000))
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (z, z + gap * rng.normal(size=z.shape)))
+    form = jax.jit(jaxkd.jensen_shannon(beta).kernel_form)
+    term, _ = form(log_p / kernel_math.LN2, log_q / kernel_math.LN2, jnp.float32(beta))
+    want, _ = cases.jensen_shannon(beta)(np.float64(log_p), np.float64(log_q))
+    assert cases.relative_error(np.float64(term).sum(), want.sum()) <= 1e-4
+
+
+def test_kernel_form_of_probabilities_that_underflow():
+    """Nothing that is not a number comes out where both, or one, are below what float32 holds."""
+    log2 = jnp.array([-jnp.inf, -1e30, -200.0, -127.0, -1.0])
+    divergence = jaxkd.jensen_shannon(0.3)
+    term, slope = divergence.kernel_form(log2[:, None], log2[None, :], 0.3)
+    assert np.all(np.isfinite(term))
+    assert np.all(np.isfinite(slope))
+    assert np.all(np.asarray(term)[:3, :3] == 0)
+    np.testing.assert_allclose(term[4, 0], -0.3 * 0.5 * np.log(0.3), rtol=1e-6)
+    assert np.all(np.isnan(divergence.kernel_form(jnp.nan, log2, 0.3)[0]))
+
+
+def test_slope_sums():
+    """Where a divergence says what its slopes sum to, they do."""
+    rng = np.random.default_rng(0)
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(rng.normal(scale=3, size=(5, 1009)), jnp.float32)) for _ in range(2))
+    known = {name: case.make() for name, case in cases.DIVERGENCES.items() if case.make().slope_sum is not None}
+    assert "forward_kl" in known
+    for divergence in known.values():
+        _, slope = divergence.term_and_slope(log_p, log_q)
+        np.testing.assert_allclose(slope.sum(-1), divergence.slope_sum, rtol=1e-6)
+
+
+def test_replaces_them_at_any_depth():
+    def function(x):
+        return jax.jit(jnp.expm1)(x) * jnp.log1p(x)
+
+    jaxpr = str(jax.make_jaxpr(kernel_math.with_kernel_math(lambda x: jax.jvp(function, (x,), (x,))))(1.0))
+    assert "expm1" not in jaxpr
+    assert "log1p" not in jaxpr
+    assert "expm1" in str(jax.make_jaxpr(function)(1.0))
+
+
+def test_computes_nothing_twice():
+    def function(x, y):
+        return jnp.exp(x - y) + jnp.exp(y - x), jnp.exp(x - y) * 2
+
+    jaxpr = str(jax.make_jaxpr(kernel_math.with_kernel_math(function))(1.0, 2.0))
+    assert jaxpr.count("= exp") == 2
+    got, want = kernel_math.with_kernel_math(function)(jnp.float32(1), jnp.float32(2)), function(1.0, 2.0)
+    np.testing.assert_allclose(got, want, rtol=1e-6)

@@ -1,0 +1,180 @@
+"""The chunk size is a matter of memory: it changes no number."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import jaxprs
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import jaxkd
+from jaxkd.loop import chunked
+from jaxkd.loop.row_weights import rows_of_chunk
+
+DIVERGENCE = "jensen_shannon_0.1"
+OPTIONS = {"temperature": 1.5, "hard_weight": 0.5}
+
+
+def check(rows, vocabulary, chunk_size):
+    student = cases.head(0, rows, 8, vocabulary, bias=True).astype(jnp.float32)
+    teacher = cases.head(1, rows, 5, vocabulary).astype(jnp.float32)
+    labels = cases.some_labels(2, rows, vocabulary, ignored=0.2)
+    result = cases.value_and_grad(
+        student, teacher, labels, divergence=cases.DIVERGENCES[DIVERGENCE].make(), chunk_size=chunk_size, **OPTIONS
+    )
+    truth = cases.distillation(cases.twin(student), cases.twin(teacher), labels, divergence=DIVERGENCE, **OPTIONS)
+    cases.check(result, truth, loss=3e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 33, 61])
+def test_around_multiples_of_the_chunk(rows):
+    check(rows, 123, 16)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 13, 36, 37, 38, 4096, None])
+def test_any_chunk_size(chunk_size):
+    check(37, 123, chunk_size)
+
+
+@pytest.mark.parametrize("rows", [5, 8, 11])
+def test_ragged_vocabulary_of_a_real_model(rows):
+    check(rows, 50257, 4)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 3, 127, 128, 129])
+def test_vocabularies_around_a_block(vocabulary):
+    check(9, vocabulary, 4)
+
+
+@settings(max_examples=8)
+@given(rows=st.integers(1, 40), vocabulary=st.integers(2, 300), chunk_size=st.integers(1, 50))
+@example(rows=29, vocabulary=211, chunk_size=7)
+def test_any_sizes(rows, vocabulary, chunk_size):
+    check(rows, vocabulary, chunk_size)
+
+
+def test_leading_axes_are_flattened():
+    student, teacher = (cases.head(seed, (3, 7), 8, 123) for seed in (0, 1))
+    labels, weights = cases.some_labels(2, (3, 7), 123), np.random.default_rng(0).uniform(size=(3, 7))
+    flat_student, flat_teacher = (
+        x.map(lambda name, value: value.reshape(21, 8) if name == "hidden" else value) for x in (student, teacher)
+    )
+
+    def run(student, teacher, labels, weights):
+        return cases.value_and_grad(
+            student.astype(jnp.float32), teacher.astype(jnp.float32), labels, weights=weights, chunk_size=4
+        )
+
+    deep = run(student, teacher, labels, weights)
+    flat = run(flat_student, flat_teacher, labels.reshape(-1), weights.reshape(-1))
+    assert deep[1].hidden.shape == (3, 7, 8)
+    for got, want in zip(jax.tree.leaves(deep), jax.tree.leaves(flat), strict=True):
+        np.testing.assert_array_equal(got.reshape(want.shape), want)
+
+
+def test_one_row_without_leading_axes():
+    student, teacher = (cases.head(seed, 1, 8, 123) for seed in (0, 1))
+    student, teacher = (
+        jaxkd.LinearLogits(x.hidden[0], x.weight) for x in (y.astype(jnp.float32) for y in (student, teacher))
+    )
+    (loss, metrics), gradient = cases.value_and_grad(student, teacher, jnp.asarray(5), hard_weight=0.5)
+    truth = cases.distillation(
+        cases.twin(student), cases.twin(teacher), np.asarray(5), divergence="forward_kl", hard_weight=0.5
+    )
+    cases.check(((loss, metrics), gradient), truth, loss=3e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)])
+def test_no_rows_at_all(shape):
+    student, teacher = (cases.head(seed, shape, 8, 123).astype(jnp.float32) for seed in (0, 1))
+    (loss, metrics), gradient = cases.value_and_grad(student, teacher)
+    assert loss == 0
+    assert metrics["num_rows"] == 0
+    assert not any(np.any(x) for x in jax.tree.leaves(gradient))
+
+
+class TestPieces:
+    """A chunk whose logits are formed a piece at a time."""
+
+    @pytest.fixture(autouse=True)
+    def _small_pieces(self, monkeypatch):
+        monkeypatch.setattr(chunked, "PIECE_BYTES", 6 * 2 * 123 * 4)  # six rows of student and teacher
+
+    @pytest.mark.parametrize("chunk_size", [5, 6, 7, 12, 16, 37, 4096, None])
+    @pytest.mark.parametrize("ignored", [0.0, 0.6, 1.0])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_any_chunk_size(self, chunk_size, ignored, dtype):
+        student = cases.head(0, 37, 8, 123).astype(dtype)
+        teacher = cases.head(1, 37, 5, 123).astype(dtype)
+        labels = cases.some_labels(2, 37, 123, ignored=ignored) if ignored else None
+        options = OPTIONS if ignored else {"temperature": 1.5}
+        result = cases.value_and_grad(
+            student, teacher, labels, divergence=cases.DIVERGENCES[DIVERGENCE].make(), chunk_size=chunk_size, **options
+        )
+        truth = cases.distillation(cases.twin(student), cases.twin(teacher), labels, divergence=DIVERGENCE, **options)
+        cases.check(result, truth, loss=3e-6, gradient=1e-5 if dtype == jnp.float32 else 5e-3)
+
+    @pytest.mark.parametrize("transform", [{"bias": True}, {"scale": 0.5}, {"softcap": 20.0}])
+    def test_a_head_that_needs_its_logits_again(self, transform):
+        student, teacher = (cases.head(seed, 37, 8, 123, **transform).astype(jnp.float32) for seed in (0, 1))
+        result = cases.value_and_grad(student, teacher, divergence=jaxkd.forward_kl, chunk_size=16)
+        truth = cases.distillation(cases.twin(student), cases.twin(teacher), divergence="forward_kl")
+        cases.check(result, truth, loss=3e-6, gradient=1e-5)
+
+    def test_only_a_piece_of_logits(self):
+        student, teacher = (cases.head(seed, 64, 8, 123).astype(jnp.bfloat16) for seed in (0, 1))
+
+        def loss(student):
+            return jaxkd.distillation_loss(student, teacher, chunk_size=32)[0]
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(student)
+        wide = {
+            (v.aval.shape[0], v.aval.dtype)
+            for x in jaxprs.equations(jaxpr)
+            for v in x.outvars
+            if v.aval.ndim == 2 and v.aval.shape[1] == 123
+        }
+        assert max(rows for rows, dtype in wide if dtype == jnp.float32) == 4
+        assert max(rows for rows, dtype in wide if dtype == jnp.bfloat16) == 32  # the gradient of the chunk
+
+    def test_a_chunk_is_never_exceeded(self):
+        for size in range(1, 60):
+            for rows in (1, 5, 31, 64):
+                chunks = chunked.in_pieces(min(size, rows), 984, largest=size)
+                assert chunks.size <= size
+                assert chunks.piece * 984 <= chunked.PIECE_BYTES
+                assert chunks.size % chunks.piece == 0
+
+    def test_rows_of_ones_own(self):
+        student = cases.head(0, 37, 8, 123).astype(jnp.float32)
+        labels = cases.some_labels(2, 37, 123, ignored=0.3)
+
+        def of_rows(logits, labels, per_row, shared):
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+
+        def loss(student, chunk_size):
+            return jaxkd.chunked_loss(of_rows, student, labels, chunk_size=chunk_size)[0]
+
+        pieces, rows = (jax.value_and_grad(loss)(student, size) for size in (20, 5))
+        for a, b in zip(jax.tree.leaves(pieces), jax.tree.leaves(rows), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "transform", "chunks"),
+    [
+        (8192, 128256, {}, (2048, 1024)),
+        (65536, 151936, {}, (2048, 1024)),
+        (8192, 262144, {}, (1024, 512)),
+        (8192, 49152, {}, (4096, 2048)),
+        (8192, 32000, {"bias": 0.0}, (8192, 8192)),
+        (1501, 128256, {}, (1502, 751)),
+        (8192, 128256, {"softcap": 30.0}, (2048, 2048)),
+    ],
+)
+def test_default(rows, width, transform, chunks):
+    shapes = (jax.ShapeDtypeStruct((n, 64), jnp.bfloat16) for n in (rows, width))
+    student = jaxkd.LinearLogits(*shapes, **transform)
+    assert rows_of_chunk(None, student, student) == chunks
