@@ -1,70 +1,15 @@
-"""Divergences between a teacher's and a student's distribution, each declared once as a pointwise term.
-
-A divergence is a sum over the vocabulary, ``D = sum_v term(log p_v, log q_v)``, of the teacher's log-probabilities
-``log p`` and the student's ``log q``. The loss of a row, its gradient (by `jax.jvp` of the term) and the GPU kernel all
-follow from the term, so a new divergence is one function:
-
-    def chi_squared_term(log_p, log_q):
-        return weigh(jnp.exp(log_q), jnp.expm1(log_p - log_q) ** 2)
-
-    chi_squared = jaxkd.Divergence(chi_squared_term)
-
-Log-probabilities reach -inf (a masked token) and -200 (a token whose probability underflows): `weigh` makes zero
-probability times an infinite logarithm the zero that it is in the limit, and a term at (-inf, -inf) must be 0.
-"""
+"""Divergences that are a sum over tokens, or a function of one: each is declared once, as the term of a token."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxkd.divergences.declaration import Divergence, weigh
+
 LN2 = math.log(2)
-Pointwise = Callable[..., jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Divergence:
-    """A divergence of two distributions, as a pointwise term of their log-probabilities.
-
-    Args:
-      term: ``term(log_p, log_q, *parameters)``, elementwise in the teacher's ``log_p`` and the student's ``log_q``. It
-        is traced inside the GPU kernel too, so it uses elementwise `jax.numpy` only. Define it at module level: it is
-        part of what `jax.jit` caches on.
-      parameters: scalars handed to ``term``. They may be traced, so that a schedule drives them without recompiling.
-      slope: ``d term / d log_q``, with the signature of ``term``, where a closed form is faster or safer than the one
-        that `jax.jvp` derives.
-      kernel_form: ``(log2_p, log2_q, *parameters) -> (term, slope)`` from logarithms to the base 2, where there is a
-        form with less arithmetic. Its errors may be those of float32 logits, not relative to its results: it is for the
-        kernels, and not for float64.
-      slope_sum: the sum of the slopes over a row, where it is the same for all distributions.
-
-    Called with log-probabilities of shape (..., V) it returns the divergence of each row, shape (...).
-    """
-
-    term: Pointwise = field(metadata={"static": True})
-    parameters: tuple[Any, ...] = ()
-    slope: Pointwise | None = field(default=None, metadata={"static": True})
-    kernel_form: Callable[..., tuple[jax.Array, jax.Array]] | None = field(default=None, metadata={"static": True})
-    slope_sum: float | None = field(default=None, metadata={"static": True})
-
-    def term_and_slope(self, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The term and its derivative with respect to ``log_q``, elementwise."""
-        if self.slope is not None:
-            return self.term(log_p, log_q, *self.parameters), self.slope(log_p, log_q, *self.parameters)
-        return jax.jvp(lambda x: self.term(log_p, x, *self.parameters), (log_q,), (jnp.ones_like(log_q),))
-
-    def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-        return jnp.sum(self.term(log_p, log_q, *self.parameters), axis=-1)
-
-
-def weigh(probability: jax.Array, x: jax.Array) -> jax.Array:
-    """``probability * x``, and 0 where the probability is 0 even if ``x`` is infinite or NaN."""
-    return jnp.where(probability == 0, 0, probability * x)
 
 
 def log_mixture_ratios(log_p: jax.Array, log_q: jax.Array, weight: ArrayLike) -> tuple[jax.Array, jax.Array]:

@@ -6,47 +6,16 @@ Each is a function of the teacher's and the student's logits of a chunk; its gra
 in XLA. Masks, weights, temperature and the hard loss are those of every divergence.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkd.divergences.sums_over_tokens import Divergence
-from jaxkd.logits.sources import logits_dtype
+from jaxkd.divergences.declaration import RowDivergence
+from jaxkd.logits.array_ops import logits_dtype
 from jaxkd.loop.checks import check_scalar, check_size
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RowDivergence:
-    """A soft loss of a row as a function of both models' logits.
-
-    Args:
-      function: ``function(teacher, student, *parameters)`` of logits at the temperature, (C, Vt) and (C, V) in float32
-        (float64 for float64), to (C,); at least 0. A row's number depends on that row alone. Define it at module level:
-        it is part of what `jax.jit` compiles.
-      parameters: arrays handed to ``function``, traced or not, in the type of the logits. They get no gradient.
-      vocabulary: "common" if it compares token with token (both sides then have one width, by the ``vocabulary`` of
-        `distillation_loss`), "own" if each side may keep all of its own.
-    """
-
-    function: Callable[..., jax.Array] = field(metadata={"static": True})
-    parameters: tuple[Any, ...] = ()
-    vocabulary: str = field(default="common", metadata={"static": True})
-
-    def __call__(self, teacher: jax.Array, student: jax.Array) -> jax.Array:
-        return self.function(teacher, student, *self.parameters)
-
-
-AnyDivergence: TypeAlias = Divergence | RowDivergence
-
-
-def check_divergence(divergence: Any) -> None:
-    if not isinstance(divergence, Divergence | RowDivergence):
-        raise TypeError(f"`divergence` is {divergence!r}; give a jaxkd.Divergence such as jaxkd.jensen_shannon(0.5)")
 
 
 def _open(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

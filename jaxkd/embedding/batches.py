@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxkd.embedding.similarity import widened
 from jaxkd.loop.checks import check_scalar, check_weights
-from jaxkd.loop.chunked import default_chunk_size
+from jaxkd.loop.chunk_size import default_chunk_size
 
 
 def weigh_rows(weights: Any, *embeddings: jax.Array) -> tuple[jax.Array, list[jax.Array]]:

@@ -16,10 +16,10 @@ from jaxkd.embedding.batches import (
     only,
 )
 from jaxkd.embedding.similarity import CosineLogits
-from jaxkd.logits.sources import logits_dtype
+from jaxkd.logits.array_ops import logits_dtype
 from jaxkd.loop.checks import check_scalar, check_size
+from jaxkd.loop.row_weights import Metrics, metrics_of
 from jaxkd.losses.chunked_losses import chunked_loss
-from jaxkd.metrics import Metrics, metrics_of
 
 
 def info_nce(

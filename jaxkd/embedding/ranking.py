@@ -14,7 +14,7 @@ from jaxkd.embedding.batches import (
 )
 from jaxkd.embedding.similarity import cosine_similarity
 from jaxkd.loop.checks import check_scalar
-from jaxkd.metrics import Metrics, metrics_of
+from jaxkd.loop.row_weights import Metrics, metrics_of
 
 
 def cosent(

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkd.logits.sources import Gradients, LinearLogits, logits_dtype
+from jaxkd.logits.array_ops import logits_dtype
+from jaxkd.logits.sources import Gradients, LinearLogits
 
 
 @jax.tree_util.register_dataclass

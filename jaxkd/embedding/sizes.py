@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxkd.embedding.similarity import unit, widened
 from jaxkd.loop.checks import check_integer
-from jaxkd.metrics import Metrics, metrics_of
+from jaxkd.loop.row_weights import Metrics, metrics_of
 
 
 def matryoshka(

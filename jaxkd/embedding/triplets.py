@@ -14,10 +14,9 @@ from jaxkd.embedding.batches import (
     weigh_rows,
 )
 from jaxkd.embedding.similarity import Distance, euclidean
-from jaxkd.logits.sources import logits_dtype
+from jaxkd.logits.array_ops import logits_dtype
 from jaxkd.loop.checks import check_scalar, check_size
-from jaxkd.loop.row_weights import weighted
-from jaxkd.metrics import Metrics, metrics_of
+from jaxkd.loop.row_weights import Metrics, metrics_of, weighted
 
 
 def triplet(

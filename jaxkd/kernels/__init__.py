@@ -1,0 +1,19 @@
+"""The rows of one chunk: logits in, losses and the logits' gradient out, in XLA and as GPU kernels behind one door.
+
+It may import `jaxkd.divergences`, `jaxkd.loop` and `jaxkd.logits`.
+"""
+
+from jaxkd.kernels.bucketed import Buckets as Buckets
+from jaxkd.kernels.bucketed import Partition as Partition
+from jaxkd.kernels.bucketed import buckets_of as buckets_of
+from jaxkd.kernels.bucketed import partition_by as partition_by
+from jaxkd.kernels.bucketed import token_ids as token_ids
+from jaxkd.kernels.dispatch import CannotRun as CannotRun
+from jaxkd.kernels.dispatch import Chunk as Chunk
+from jaxkd.kernels.dispatch import row_losses_for as row_losses_for
+from jaxkd.kernels.dispatch import xla_row_losses as xla_row_losses
+from jaxkd.kernels.reference import at_label as at_label
+from jaxkd.kernels.signature import ChunkRows as ChunkRows
+from jaxkd.kernels.signature import RowLosses as RowLosses
+from jaxkd.kernels.signature import RowOptions as RowOptions
+from jaxkd.kernels.signature import VocabularyShards as VocabularyShards

@@ -5,7 +5,7 @@ the K + 1 probabilities on either side is the loss of a row. Its gradient to the
 
     dz_v = slope_b(v) q_v / q_b(v) - q_v sum(slope),        slope_b = d row / d log q_b,
 
-with b(v) the bucket of token v: what `jaxkd.kernels.reference` has, where a bucket has one token.
+with b(v) the bucket of token v: what `reference` has, where a bucket has one token.
 """
 
 from functools import partial
@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkd.divergences.sums_over_tokens import Divergence
-from jaxkd.kernels.reference import RowOptions, RowResult, at_label, hard_gradient
-from jaxkd.logits.sources import Place, placed
+from jaxkd.kernels.reference import at_label, hard_gradient
+from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult
+from jaxkd.logits import Place, placed
 
 
 class Partition(NamedTuple):
@@ -79,39 +79,30 @@ def buckets_of(z: Float[Array, " V"], partition: Partition, tail: str = "bucket"
     return Buckets(jnp.append(entries, rest), tokens, share)
 
 
-def row_losses(
-    student: Float[Array, "C V"],
-    teacher: BucketTeacher,
-    labels: Int[Array, " C"],
-    soft_scale: Float[Array, " C"],
-    hard_scale: Float[Array, " C"],
-    temperature: Float[Array, ""],
-    divergence: Divergence,
-    options: RowOptions,
-    place: Place | None = None,
-) -> RowResult:
-    """As `jaxkd.kernels.reference.row_losses`, for a teacher that is compared by buckets."""
+def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None) -> RowResult:
+    """As `reference.row_losses`, for a teacher that is compared by buckets."""
+    student, teacher, temperature = rows.student, rows.teacher, rows.temperature
     partition = teacher.partition(student.shape[1])
-    rows = 0 if partition.ids.ndim == 2 else None  # a partition for each row, or one for all
+    axis = 0 if partition.ids.ndim == 2 else None  # a partition for each row, or one for all
     z = student / temperature if options.is_tempered else student
-    own = jax.vmap(partial(buckets_of, tail=teacher.tail), in_axes=(0, rows))(z, partition)
+    own = jax.vmap(partial(buckets_of, tail=teacher.tail), in_axes=(0, axis))(z, partition)
     log_p, is_sound = teacher.bucket_log_probs(partition, own, temperature)
-    term, slope = divergence.term_and_slope(log_p, own.buckets)
+    term, slope = rows.divergence.term_and_slope(log_p, own.buckets)
     soft = jnp.sum(term, axis=1)
     if teacher.tail != "zero":
         soft = jnp.maximum(soft, 0)  # only rounding takes it below 0
     # Not earlier: XLA may compile the exponential of a select for numbers alone, and then selects none that is not one.
     soft = jnp.where(is_sound, soft, jnp.nan)
     log_q = jax.nn.log_softmax(student)
-    hard = -at_label(log_q, labels) if options.has_labels else jnp.zeros_like(soft)
+    hard = -at_label(log_q, rows.labels) if options.has_labels else jnp.zeros_like(soft)
     if options.gradient_dtype is None:
         return soft, hard, None
 
-    slope_of_token = jax.vmap(lambda x, of_token: x[of_token], in_axes=(0, rows))(slope, partition.of_token)
+    slope_of_token = jax.vmap(lambda x, of_token: x[of_token], in_axes=(0, axis))(slope, partition.of_token)
     d = own.share * slope_of_token - jnp.exp(own.tokens) * jnp.sum(slope, axis=1, keepdims=True)
     d = jnp.where(is_sound[:, None], d, jnp.nan)
-    scale = (soft_scale / temperature)[:, None]
+    scale = (rows.soft_scale / temperature)[:, None]
     d = jnp.where(scale == 0, 0, scale * d)
     if options.has_labels:
-        d = d + hard_gradient(log_q, labels, hard_scale)
+        d = d + hard_gradient(log_q, rows.labels, rows.hard_scale)
     return soft, hard, placed(d.astype(options.gradient_dtype), place)

@@ -3,21 +3,18 @@
 ``None`` takes the fastest that is tested for the call; a name takes that one, or raises an error that says why not.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxkd.divergences.sums_over_tokens import forward_kl
-from jaxkd.divergences.whole_rows import AnyDivergence, RowDivergence
+from jaxkd.divergences import AnyDivergence, RowDivergence, forward_kl
 from jaxkd.kernels import bucketed, reference, whole_row
-from jaxkd.loop.partitioning import is_checked
-
-RowLosses = Callable[..., reference.RowResult]
+from jaxkd.kernels.signature import ChunkRows, RowLosses, RowOptions, RowResult
+from jaxkd.logits import Place
+from jaxkd.loop.collectives import is_checked
 
 _kernels: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
@@ -37,6 +34,10 @@ except ImportError as error:  # deprecated in JAX 0.11
 NAMES = (None, "xla", "triton", "mosaic")
 
 
+class CannotRun(ValueError):
+    """The implementation that was named is not for this call; the message says why and which is."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """The shape of the logits of a chunk, as far as it decides what can run."""
@@ -51,10 +52,10 @@ class Chunk:
 def row_losses_for(
     implementation: str | None, chunk: Chunk, divergence: AnyDivergence = forward_kl, in_buckets: bool = False
 ) -> RowLosses:
-    """The function that computes the rows of a chunk; ``in_buckets`` if the teacher is of `jaxkd.kernels.bucketed`.
+    """The function that computes the rows of a chunk; ``in_buckets`` if the teacher is a `bucketed.BucketTeacher`.
 
     Raises:
-      ValueError: an unknown name, or an implementation that cannot run this call, and why.
+      ValueError: an unknown name. `CannotRun`: an implementation that cannot run this call, and why.
     """
     if implementation not in NAMES:
         raise ValueError(f"`implementation` is {implementation!r}; give one of {NAMES}")
@@ -67,14 +68,14 @@ def row_losses_for(
     if only_xla:
         other = "divergence is a function of whole rows" if whole_rows else "teacher is compared by buckets of tokens"
         why = f"it sums a term of each token and this {other}"
-        raise ValueError(f'`implementation="{implementation}"` cannot run here: {why}; use "xla" or None')
+        raise CannotRun(f'`implementation="{implementation}"` cannot run here: {why}; use "xla" or None')
     if implementation is None:
         for name in ("mosaic", "triton"):
             if target_platform() == "cuda" and not obstacle(name, chunk):
                 return _on_cuda[name]
         return reference.row_losses
     if reason := obstacle(implementation, chunk):
-        raise ValueError(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
+        raise CannotRun(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
     return _kernels[implementation].row_losses
 
 
@@ -139,20 +140,15 @@ def _default_device() -> jax.Device:
     return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
-def _cuda_else_xla(name: str, *arguments: Any) -> reference.RowResult:
+def _cuda_else_xla(name: str, rows: ChunkRows, options: RowOptions, place: Place | None = None) -> RowResult:
     """The kernel where the computation is compiled for CUDA, XLA where it is compiled for something else."""
-    *arrays, options, place = arguments
+
+    def call(row_losses: RowLosses, rows: ChunkRows, place: Place | None) -> RowResult:
+        return row_losses(rows, options, place)
+
     return jax.lax.platform_dependent(
-        *arrays,
-        place,
-        cuda=partial(_call, _kernels[name].row_losses, options),
-        default=partial(_call, reference.row_losses, options),
+        rows, place, cuda=partial(call, _kernels[name].row_losses), default=partial(call, reference.row_losses)
     )
-
-
-def _call(row_losses: RowLosses, options: reference.RowOptions, *arrays: Any) -> reference.RowResult:
-    *arguments, place = arrays
-    return row_losses(*arguments, options, place)
 
 
 # One object each: the functions are part of what `jax.jit` caches on.

@@ -8,14 +8,15 @@ elsewhere: relative errors below 1e-6.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from jaxkd.divergences.sums_over_tokens import LN2, Divergence
+from jaxkd.divergences import Divergence
+from jaxkd.divergences.sums_over_tokens import LN2
 
 LOG2E = 1 / LN2
 LOWEST = -1e38  # below every logit, yet finite, so that -inf minus it is -inf and not NaN
@@ -26,10 +27,15 @@ EXPM1 = (1.0, 0.499998302, 0.16666623, 0.0417753009, 0.00835195337)
 LOG1P = (0.999999985, -0.500003684, 0.333340907, -0.249533512, 0.199401399, -0.18127313, 0.157813577)
 
 
-def log_probability(z: jax.Array, normalizer: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Of a logit, given its row's largest one and ``log sum exp(z - largest)``."""
-    top, log_total = normalizer
-    return (z - top) - log_total  # in this order: exact where all logits are large
+class LogSumExp(NamedTuple):
+    """``log sum exp(z)`` of a row in two parts, whose sum would lose digits: the largest logit, and the rest."""
+
+    top: jax.Array
+    log_total: jax.Array  # log sum exp(z - top)
+
+
+def log_probability(z: jax.Array, lse: LogSumExp) -> jax.Array:
+    return (z - lse.top) - lse.log_total  # in this order: exact where all logits are large
 
 
 def expm1(x: jax.Array) -> jax.Array:
@@ -49,6 +55,8 @@ def polynomial(x: jax.Array, coefficients: tuple[float, ...]) -> jax.Array:
 
 # `add_any` is how derivatives add; Mosaic GPU has no rule for it.
 REPLACEMENTS: dict[str, Callable[..., jax.Array]] = {"expm1": expm1, "log1p": log1p, "add_any": jnp.add}
+# Calls of a function, which is traced in their place: a kernel has no rule for a derivative that is somebody's own.
+CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
 
 
 def with_kernel_math(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +64,7 @@ def with_kernel_math(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def replaced(*arguments: jax.Array) -> Any:
         jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*map(jax.typeof, arguments))
-        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(jaxpr, {}, *arguments))
+        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate_without_repetition(jaxpr, {}, *arguments))
 
     return replaced
 
@@ -72,8 +80,12 @@ def base_2_term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.
     return divergence.kernel_form or (lambda p, q, *parameters: term_and_slope(p * LN2, q * LN2, *parameters))
 
 
-def _evaluate(closed: ClosedJaxpr, known: dict[Any, Any], *arguments: Any) -> list[Any]:
-    """Evaluates a jaxpr; ``known`` has the operations done so far, since a term and its slope share most of theirs."""
+def _evaluate_without_repetition(closed: ClosedJaxpr, known: dict[Any, Any], *arguments: Any) -> list[Any]:
+    """An interpreter of jaxprs with common-subexpression elimination: a term and its slope share most operations.
+
+    ``known`` has the operations done so far, by primitive, parameters and identity of the inputs. Calls are inlined, so
+    that what they share is seen.
+    """
     environment = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     environment |= dict(zip(closed.jaxpr.invars, arguments, strict=True))
 
@@ -83,8 +95,8 @@ def _evaluate(closed: ClosedJaxpr, known: dict[Any, Any], *arguments: Any) -> li
     for equation in closed.jaxpr.eqns:
         inputs = [read(variable) for variable in equation.invars]
         name = equation.primitive.name
-        if name in ("jit", "pjit"):
-            outputs = _evaluate(equation.params["jaxpr"], known, *inputs)
+        if name in CALLS:
+            outputs = _evaluate_without_repetition(_called(equation), known, *inputs)
         else:
             same = (name, str(equation.params), *(x if np.isscalar(x) else id(x) for x in inputs))
             if same not in known:
@@ -94,3 +106,8 @@ def _evaluate(closed: ClosedJaxpr, known: dict[Any, Any], *arguments: Any) -> li
             outputs = result if equation.primitive.multiple_results else [result]
         environment |= dict(zip(equation.outvars, outputs, strict=True))
     return [read(variable) for variable in closed.jaxpr.outvars]
+
+
+def _called(equation: Any) -> ClosedJaxpr:
+    inner = next(equation.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in equation.params)
+    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())

@@ -1,40 +1,39 @@
 """The rows of one chunk as a Pallas kernel for Hopper, lowered through Mosaic GPU: each logit is read once.
 
-The twin of `jaxkd.kernels.reference`, with its signature. A cluster of `PARTS` thread blocks takes one row: each block
-copies its part of the student's and the teacher's logits into shared memory and stays there for all passes; the blocks
-send each other a few sums (normalisers; then the loss and the sum of the slopes). Logarithms are to the base 2, which
-the GPU has instructions for.
+The twin of `reference`, with its signature. A cluster of `PARTS` thread blocks takes one row: each block copies its
+part of the student's and the teacher's logits into shared memory and stays there for all passes; the blocks send each
+other a few sums (of exponentials; then the loss and the sum of the slopes). Logarithms are to the base 2, which the GPU
+has instructions for.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
-from jaxtyping import Array, Float, Int
 
-from jaxkd.divergences.sums_over_tokens import Divergence
 from jaxkd.kernels.cluster_reduce import (
-    LANES,
+    CLUSTER_WARPS,
     PARTS,
-    SENDERS,
     STEP,
     STRIDED,
+    THREADS,
     block_barrier,
+    cluster_all_gather,
     cluster_wait,
-    exchange,
-    in_warp,
-    set_up,
-    spread,
+    init_barriers,
+    repeat_in_thread,
+    warp_reduce,
 )
-from jaxkd.kernels.kernel_math import LN2, LOG2E, LOWEST, base_2_term_and_slope_of
-from jaxkd.kernels.reference import RowOptions, RowResult, hard_loss
-from jaxkd.logits.sources import Place
+from jaxkd.kernels.kernel_math import LN2, LOG2E, LOWEST, LogSumExp, base_2_term_and_slope_of
+from jaxkd.kernels.reference import hard_loss
+from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult
+from jaxkd.logits import Place
 
 # Knobs.
 ALIGNMENT = 32  # columns: bulk copies are multiples of 128 bytes
@@ -52,7 +51,7 @@ def last_part_width(width: int) -> int:
 
 def shared_memory(width: int) -> int:
     """Bytes of shared memory of a block."""
-    return 2 * 4 * padded(part_width(width)) + 7 * 4 * SENDERS + 1024
+    return 2 * 4 * padded(part_width(width)) + 7 * 4 * CLUSTER_WARPS + 1024
 
 
 def padded(columns: int) -> int:
@@ -62,14 +61,139 @@ def padded(columns: int) -> int:
 # Device code.
 
 
+class _Refs(NamedTuple):
+    """What a block is given: ``gmem`` is device memory, all rows of it, ``smem`` its own shared memory."""
+
+    student_gmem: Any  # (N V,)
+    teacher_gmem: Any
+    labels_gmem: Any  # (N,)
+    soft_scales_gmem: Any
+    hard_scales_gmem: Any
+    temperature_gmem: Any  # (1,)
+    parameters_gmem: Sequence[Any]  # of the divergence, (1,)
+    first_row_gmem: Any  # of the gradient's place, (1,); None without a gradient
+    gradient_gmem: Any  # all rows of the place, flat; None without a gradient
+    soft_gmem: Any  # outputs, (N THREADS,): the first of each row's counts
+    top_gmem: Any
+    log_total_gmem: Any
+    student_smem: Any  # (part,), padded to whole steps
+    gradient_smem: Any  # over the student's; None without a gradient
+    teacher_smem: Any
+    first_slot_smem: Any  # where the warps' values of the first exchange arrive, and of the second
+    second_slot_smem: Any
+    student_arrived: Any  # barriers of the two copies
+    teacher_arrived: Any
+    exchange_barriers_smem: Any
+
+    @classmethod
+    def of(cls, refs: Sequence[Any], num_parameters: int, has_gradient: bool) -> "_Refs":
+        """From the order in which the kernel is called: inputs, the gradient's place, outputs, shared memory."""
+        rows, refs = refs[:6], refs[6:]
+        parameters, refs = refs[:num_parameters], refs[num_parameters:]
+        place, refs = (refs[:2], refs[2:]) if has_gradient else ((None, None), refs)
+        outputs, (own, *rest) = refs[:3], refs[3:]
+        student, gradient = own if has_gradient else (own, None)
+        return cls._make((*rows, parameters, *place, *outputs, student, gradient, *rest))
+
+
+class _Row:
+    """The part of a row that a block has, and what is known of the row so far."""
+
+    def __init__(self, refs: _Refs, options: RowOptions, width: int):
+        self.refs, self.options = refs, options
+        self.index, self.part = jax.lax.axis_index("row"), jax.lax.axis_index("part")
+        self.columns, self.last_columns = part_width(width), last_part_width(width)
+        self.is_last = self.part == PARTS - 1
+        self.start = self.part * self.columns
+        self.offset = self.index * width + self.start
+        self.num_steps = padded(self.columns) // STEP
+        self.width = width
+        # Whether the student's softmax is the same for the soft and the hard loss.
+        self.is_same = not options.is_tempered or not options.has_labels
+
+    def of_each_width(self, function: Callable[[int], Any]) -> None:
+        """``function`` of the columns that the part has: copies have a static size."""
+        pl.when(self.is_last)(lambda: function(self.last_columns))
+        pl.when(~self.is_last)(lambda: function(self.columns))
+
+    def copy_in(self, columns: int) -> None:
+        refs = self.refs
+        for source, target, arrived in (
+            (refs.student_gmem, refs.student_smem, refs.student_arrived),
+            (refs.teacher_gmem, refs.teacher_smem, refs.teacher_arrived),
+        ):
+            # A promise that holds, and that makes it one bulk copy of any length.
+            in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            here = source.at[pl.ds(self.offset, columns)]
+            plgpu.copy_gmem_to_smem(here, target.at[pl.ds(0, columns)], arrived, oob_mode=in_bounds)
+
+    def sweep(self, body: Callable[..., Any], carry: Any, first: int = 0) -> Any:
+        return jax.lax.fori_loop(first, self.num_steps, lambda i, carry: body(i * STEP, carry), carry)
+
+    def unrolled(self) -> range:
+        return range(0, self.num_steps * STEP, STEP)
+
+    def column(self, at: jax.Array | int) -> jax.Array:
+        return at + plgpu.broadcasted_iota(jnp.int32, (STEP,), 0, layout=STRIDED)
+
+    def fill(self, smem: Any) -> None:
+        """What no column fills is -inf on both sides, where every term is 0: no pass needs a mask."""
+
+        def step(at, carry):
+            inside = self.column(at) < jnp.where(self.is_last, self.last_columns, self.columns)
+            smem[pl.ds(at, STEP)] = jnp.where(inside, _load(smem, at), -jnp.inf)
+            return carry
+
+        self.sweep(step, (), self.last_columns // STEP)
+
+    def log_sum_exp_of_warp(self, smem: Any, scales: list[Any]) -> list[jax.Array]:
+        """The largest logit, and for each scale the sum of 2 ** ((z - largest) * scale)."""
+        top = warp_reduce(
+            self.sweep(lambda at, top: jnp.maximum(top, _load(smem, at)), _step_of(LOWEST)), arith.maximumf
+        )
+        everywhere = repeat_in_thread(top)
+
+        def add(at, sums):
+            z = _load(smem, at) - everywhere
+            return tuple(sum_ + jnp.exp2(z * scale) for sum_, scale in zip(sums, scales, strict=True))
+
+        return [top, *(warp_reduce(x, arith.addf) for x in self.sweep(add, (_step_of(0.0),) * len(scales)))]
+
+    def copy_out(self, columns: int) -> None:
+        refs = self.refs
+        place = refs.gradient_gmem.at[pl.ds(refs.first_row_gmem[0] * self.width + self.offset, columns)]
+        plgpu.copy_smem_to_gmem(refs.gradient_smem.at[pl.ds(0, columns)], place)
+
+    def write(self, gradients: list[jax.Array]) -> None:
+        """Into the memory of the student's logits, when all have read them, and from there out."""
+        block_barrier()
+        for i, values in enumerate(gradients):
+            self.refs.gradient_smem[pl.ds(i * STEP, STEP)] = values
+        plgpu.commit_smem()
+        self.of_each_width(self.copy_out)
+
+
+def _load(smem: Any, at: jax.Array | int) -> jax.Array:
+    return plgpu.load(smem.at[pl.ds(at, STEP)], layout=STRIDED)  # type: ignore[call-arg]  # jax 0.10 wants an index
+
+
+def _step_of(value: float) -> jax.Array:
+    return plgpu.layout_cast(jnp.full((STEP,), value, jnp.float32), STRIDED)
+
+
+def _log_sum_exp(tops: list[jax.Array], sums: list[jax.Array], scale: Any) -> LogSumExp:
+    """Of the row, from those of all warps; the second part as a logarithm to the base 2."""
+    top = warp_reduce(functools.reduce(jnp.maximum, tops), arith.maximumf)
+    shares = [x * jnp.exp2((t - top) * scale) for t, x in zip(tops, sums, strict=True)]
+    return LogSumExp(top, jnp.log2(warp_reduce(functools.reduce(jnp.add, shares), arith.addf)))
+
+
+def _log2_probability(z: jax.Array, lse: LogSumExp, scale: Any) -> jax.Array:
+    return (z - lse.top) * scale - lse.log_total  # in this order: exact where all logits are large
+
+
 def _kernel(
-    student,  # (N V,) and so on, in device memory
-    teacher,
-    labels,
-    soft_scales,
-    hard_scales,
-    temperature,
-    *refs,  # the divergence's parameters; of a gradient its first row (1,) and where it goes; outputs; shared memory
+    *refs,
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]],
     slope_sum: float | None,
     num_parameters: int,
@@ -77,164 +201,94 @@ def _kernel(
     width: int,
 ):
     has_gradient = options.gradient_dtype is not None
-    parameter_refs, refs = refs[:num_parameters], refs[num_parameters:]
-    target, refs = refs[: 2 * has_gradient], refs[2 * has_gradient :]
-    soft_out, top_out, log_total_out, *shared = refs
-    own, teachers, first_slot, second_slot, student_arrived, teacher_arrived, barriers = shared
-    if has_gradient:
-        own, gradient = own
+    named = _Refs.of(refs, num_parameters, has_gradient)
+    row = _Row(named, options, width)
+    student, teacher = named.student_smem, named.teacher_smem
 
-    row, part = jax.lax.axis_index("row"), jax.lax.axis_index("part")
-    columns, last_columns = part_width(width), last_part_width(width)
-    is_last = part == PARTS - 1
-    start = part * columns
-    offset = row * width + start
+    row.of_each_width(row.copy_in)
+    init_barriers(named.exchange_barriers_smem)
+    inverse_temperature = 1 / named.temperature_gmem[0]
+    parameters = [ref[0] for ref in named.parameters_gmem]
 
-    def copy_in(columns: int) -> None:
-        for source, target, arrived in ((student, own, student_arrived), (teacher, teachers, teacher_arrived)):
-            # A promise that holds, and that makes it one bulk copy of any length.
-            in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-            here = source.at[pl.ds(offset, columns)]
-            plgpu.copy_gmem_to_smem(here, target.at[pl.ds(0, columns)], arrived, oob_mode=in_bounds)
-
-    pl.when(is_last)(lambda: copy_in(last_columns))
-    pl.when(~is_last)(lambda: copy_in(columns))
-    set_up(barriers)
-    inverse_temperature = 1 / temperature[0]
-    parameters = [ref[0] for ref in parameter_refs]
-
-    steps = padded(columns) // STEP
-
-    def sweep(body: Callable[..., Any], carry: Any, first: int = 0) -> Any:
-        return jax.lax.fori_loop(first, steps, lambda i, carry: body(i * STEP, carry), carry)
-
-    def load(ref: Any, at: jax.Array | int) -> jax.Array:
-        return plgpu.load(ref.at[pl.ds(at, STEP)], layout=STRIDED)  # type: ignore[call-arg]  # jax 0.10 wants an index
-
-    def zeros(value: float = 0.0) -> jax.Array:
-        return plgpu.layout_cast(jnp.full((STEP,), value, jnp.float32), STRIDED)
-
-    def column(at: jax.Array | int) -> jax.Array:
-        return at + plgpu.broadcasted_iota(jnp.int32, (STEP,), 0, layout=STRIDED)
-
-    # What no column fills is -inf on both sides, where every term is 0: no pass needs a mask.
-    def fill(ref: Any) -> None:
-        def step(at, carry):
-            inside = column(at) < jnp.where(is_last, last_columns, columns)
-            ref[pl.ds(at, STEP)] = jnp.where(inside, load(ref, at), -jnp.inf)
-            return carry
-
-        sweep(step, (), last_columns // STEP)
-
-    # Pass 1: normalisers of student and teacher at the temperature, and of the student without it.
-    one_normalizer = not options.is_tempered or not options.has_labels
+    # Pass 1: log-sum-exps of student and teacher at the temperature, and of the student without it.
     tempered = inverse_temperature * LOG2E
-    scales = [tempered] if one_normalizer else [tempered, LOG2E]
-
-    def normalizer_of_warp(ref: Any, scales: list[Any]) -> list[jax.Array]:
-        """The largest logit, and for each scale the sum of 2 ** ((z - largest) * scale)."""
-        top = in_warp(sweep(lambda at, top: jnp.maximum(top, load(ref, at)), zeros(LOWEST)), arith.maximumf)
-        everywhere = spread(top)
-
-        def add(at, sums):
-            z = load(ref, at) - everywhere
-            return tuple(sum_ + jnp.exp2(z * scale) for sum_, scale in zip(sums, scales, strict=True))
-
-        return [top, *(in_warp(x, arith.addf) for x in sweep(add, (zeros(),) * len(scales)))]
-
-    def normalizer(tops: list[jax.Array], sums: list[jax.Array], scale: Any) -> tuple[jax.Array, jax.Array]:
-        """Of the row, from those of all warps; the second as a logarithm to the base 2."""
-        top = in_warp(functools.reduce(jnp.maximum, tops), arith.maximumf)
-        shares = [x * jnp.exp2((t - top) * scale) for t, x in zip(tops, sums, strict=True)]
-        return top, jnp.log2(in_warp(functools.reduce(jnp.add, shares), arith.addf))
-
-    plgpu.barrier_wait(student_arrived)
-    fill(own)
-    student_sums = normalizer_of_warp(own, scales)
-    plgpu.barrier_wait(teacher_arrived)
-    fill(teachers)
-    teacher_sums = normalizer_of_warp(teachers, [tempered])
+    scales = [tempered] if row.is_same else [tempered, LOG2E]
+    plgpu.barrier_wait(named.student_arrived)
+    row.fill(student)
+    student_sums = row.log_sum_exp_of_warp(student, scales)
+    plgpu.barrier_wait(named.teacher_arrived)
+    row.fill(teacher)
+    teacher_sums = row.log_sum_exp_of_warp(teacher, [tempered])
     cluster_wait()
-    tops, sums, *plain, teacher_tops, teacher_sums = exchange([*student_sums, *teacher_sums], first_slot, barriers, 0)
-    student_normalizer = normalizer(tops, sums, tempered)
-    plain_normalizer = student_normalizer if one_normalizer else normalizer(tops, plain[0], LOG2E)
-    student_spread, plain_spread, teacher_spread = (
-        tuple(map(spread, x))
-        for x in (student_normalizer, plain_normalizer, normalizer(teacher_tops, teacher_sums, tempered))
+    tops, sums, *plain, teacher_tops, teacher_sums = cluster_all_gather(
+        [*student_sums, *teacher_sums], named.first_slot_smem, named.exchange_barriers_smem, 0
+    )
+    student_lse = _log_sum_exp(tops, sums, tempered)
+    plain_lse = student_lse if row.is_same else _log_sum_exp(tops, plain[0], LOG2E)
+    student_everywhere, plain_everywhere, teacher_everywhere = (
+        LogSumExp(*map(repeat_in_thread, x))
+        for x in (student_lse, plain_lse, _log_sum_exp(teacher_tops, teacher_sums, tempered))
     )
 
-    def log2_probability(z: jax.Array, normalizer: tuple[jax.Array, ...], scale: Any) -> jax.Array:
-        return (z - normalizer[0]) * scale - normalizer[1]  # in this order: exact where all logits are large
-
     def term_and_slope_at(at: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        log_p = log2_probability(load(teachers, at), teacher_spread, tempered)
-        log_q = log2_probability(load(own, at), student_spread, tempered)
+        log_p = _log2_probability(_load(teacher, at), teacher_everywhere, tempered)
+        log_q = _log2_probability(_load(student, at), student_everywhere, tempered)
         return term_and_slope(log_p, log_q, *parameters)
 
-    soft_scale, hard_scale = soft_scales[row] * inverse_temperature, hard_scales[row]
-    label = labels[row] - start
+    soft_scale, hard_scale = (
+        named.soft_scales_gmem[row.index] * inverse_temperature,
+        named.hard_scales_gmem[row.index],
+    )
+    label = named.labels_gmem[row.index] - row.start
 
     def probability(at: jax.Array | int) -> jax.Array:
-        return jnp.exp2(log2_probability(load(own, at), student_spread, tempered))
+        return jnp.exp2(_log2_probability(_load(student, at), student_everywhere, tempered))
 
     def gradient_at(at: jax.Array | int, q: jax.Array, slope: jax.Array, slope_sum: jax.Array | float) -> jax.Array:
         d = jnp.where(soft_scale == 0, 0.0, soft_scale * (slope - q * slope_sum))
         if options.has_labels:
-            if not one_normalizer:
-                q = jnp.exp2(log2_probability(load(own, at), plain_spread, LOG2E))
-            d += jnp.where(hard_scale == 0, 0.0, hard_scale * jnp.where(column(at) == label, q - 1, q))
+            if not row.is_same:
+                q = jnp.exp2(_log2_probability(_load(student, at), plain_everywhere, LOG2E))
+            d += jnp.where(hard_scale == 0, 0.0, hard_scale * jnp.where(row.column(at) == label, q - 1, q))
         return d.astype(options.gradient_dtype)
-
-    def write(gradients: list[jax.Array]) -> None:
-        """Into the memory of the student's logits, when all have read them, and from there out."""
-
-        def copy_out(columns: int) -> None:
-            first_row, rows = target
-            place = rows.at[pl.ds(first_row[0] * width + offset, columns)]
-            plgpu.copy_smem_to_gmem(gradient.at[pl.ds(0, columns)], place)
-
-        block_barrier()
-        for i, values in enumerate(gradients):
-            gradient[pl.ds(i * STEP, STEP)] = values
-        plgpu.commit_smem()
-        pl.when(is_last)(lambda: copy_out(last_columns))
-        pl.when(~is_last)(lambda: copy_out(columns))
 
     # Pass 2: the loss and the sum of the slopes. The slopes take the place of the teacher's logits, and the student's
     # probabilities that of its logits unless those without temperature are needed too.
     def add(at, sums):
         term, slope = term_and_slope_at(at)
         if has_gradient:
-            teachers[pl.ds(at, STEP)] = slope
-            if one_normalizer:
-                own[pl.ds(at, STEP)] = probability(at)
+            teacher[pl.ds(at, STEP)] = slope
+            if row.is_same:
+                student[pl.ds(at, STEP)] = probability(at)
         return tuple(sum_ + x for sum_, x in zip(sums, (term, slope), strict=False))
 
     if has_gradient and slope_sum is not None:  # no other pass is needed
-        gradients, total = [], zeros()
-        for at in range(0, steps * STEP, STEP):
+        gradients, total = [], _step_of(0.0)
+        for at in row.unrolled():
             term, slope = term_and_slope_at(at)
             gradients.append(gradient_at(at, probability(at), slope, slope_sum))
             total += term
-        write(gradients)
+        row.write(gradients)
         totals = [total]
     else:
-        totals = sweep(add, (zeros(),) * (2 if has_gradient else 1))
-    received = exchange([in_warp(x, arith.addf) for x in totals], second_slot, barriers, 1)
-    term_sum, *slope_sums = [in_warp(functools.reduce(jnp.add, x), arith.addf) for x in received]
+        totals = row.sweep(add, (_step_of(0.0),) * (2 if has_gradient else 1))
+    received = cluster_all_gather(
+        [warp_reduce(x, arith.addf) for x in totals], named.second_slot_smem, named.exchange_barriers_smem, 1
+    )
+    term_sum, *slope_sums = [warp_reduce(functools.reduce(jnp.add, x), arith.addf) for x in received]
 
-    @pl.when(part == 0)
+    @pl.when(row.part == 0)
     def _():
-        at = pl.ds(row * LANES, LANES)
-        soft_out[at] = jnp.maximum(term_sum, 0.0)
-        top_out[at] = plain_normalizer[0]
-        log_total_out[at] = plain_normalizer[1] * LN2
+        at = pl.ds(row.index * THREADS, THREADS)
+        named.soft_gmem[at] = jnp.maximum(term_sum, 0.0)
+        named.top_gmem[at] = plain_lse.top
+        named.log_total_gmem[at] = plain_lse.log_total * LN2
 
     # Pass 3: the gradient.
     if slope_sums:
-        everywhere = spread(slope_sums[0])
-        q_at = partial(load, own) if one_normalizer else probability
-        write([gradient_at(at, q_at(at), load(teachers, at), everywhere) for at in range(0, steps * STEP, STEP)])
+        everywhere = repeat_in_thread(slope_sums[0])
+        q_at = partial(_load, student) if row.is_same else probability
+        row.write([gradient_at(at, q_at(at), _load(teacher, at), everywhere) for at in row.unrolled()])
     if has_gradient:
         plgpu.wait_smem_to_gmem(0)
 
@@ -242,46 +296,36 @@ def _kernel(
 # Host code.
 
 
-def row_losses(
-    student: Float[Array, "C V"],
-    teacher: Float[Array, "C V"],
-    labels: Int[Array, " C"],
-    soft_scale: Float[Array, " C"],
-    hard_scale: Float[Array, " C"],
-    temperature: Float[Array, ""],
-    divergence: Divergence,
-    options: RowOptions,
-    place: Place | None = None,
-) -> RowResult:
+def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None) -> RowResult:
     """`reference.row_losses` as one kernel: float32 logits in, losses and a gradient of any floating type out.
 
     The gradient is written to its place: no copy is made of the rows there.
     """
-    rows, width = student.shape
-    parameters = [jnp.asarray(x, jnp.float32).reshape(1) for x in divergence.parameters]
+    num_rows, width = rows.student.shape
+    parameters = [jnp.asarray(x, jnp.float32).reshape(1) for x in rows.divergence.parameters]
     buffer = plgpu.SMEM((padded(part_width(width)),), jnp.float32)
-    slots = [plgpu.SMEM((count * SENDERS,), jnp.float32) for count in (5, 2)]
+    slots = [plgpu.SMEM((count * CLUSTER_WARPS,), jnp.float32) for count in (5, 2)]
     arrived = plgpu.Barrier(num_arrivals=1)
-    out_type = [jax.ShapeDtypeStruct((rows * LANES,), jnp.float32)] * 3
+    out_type = [jax.ShapeDtypeStruct((num_rows * THREADS,), jnp.float32)] * 3
     own: Any = buffer
     target: list[jax.Array] = []
     if options.gradient_dtype is not None:
-        place = place or Place.alone(rows, width, options.gradient_dtype)
+        place = place or Place.alone(num_rows, width, options.gradient_dtype)
         target = [jnp.reshape(place.first, (1,)), place.rows.reshape(-1)]
         own = plgpu.RefUnion(buffer, plgpu.SMEM(buffer.shape, place.rows.dtype))
 
     kernel = plgpu.kernel(
         partial(
             _kernel,
-            term_and_slope=base_2_term_and_slope_of(divergence),
-            slope_sum=divergence.slope_sum,
+            term_and_slope=base_2_term_and_slope_of(rows.divergence),
+            slope_sum=rows.divergence.slope_sum,
             num_parameters=len(parameters),
             options=options,
             width=width,
         ),
         out_type=out_type,
         scratch_types=[own, buffer, *slots, arrived, arrived, plgpu.SMEM((4,), jnp.uint32)],
-        grid=(rows,),
+        grid=(num_rows,),
         grid_names=("row",),
         cluster=(PARTS,),
         cluster_names=("part",),
@@ -293,17 +337,17 @@ def row_losses(
         ),
     )
     soft, top, log_total, *gradient = (_in_place(kernel) if target else kernel)(
-        student.reshape(-1),
-        teacher.reshape(-1),
-        labels.astype(jnp.int32),
-        soft_scale,
-        hard_scale,
-        jnp.reshape(temperature, (1,)),
+        rows.student.reshape(-1),
+        rows.teacher.reshape(-1),
+        rows.labels.astype(jnp.int32),
+        rows.soft_scale,
+        rows.hard_scale,
+        jnp.reshape(rows.temperature, (1,)),
         *parameters,
         *target,
     )
-    soft, top, log_total = soft[::LANES], top[::LANES], log_total[::LANES]
-    hard = hard_loss(student, top, log_total, labels) if options.has_labels else jnp.zeros_like(soft)
+    soft, top, log_total = soft[::THREADS], top[::THREADS], log_total[::THREADS]
+    hard = hard_loss(rows, LogSumExp(top, log_total), options)
     return soft, hard, gradient[0].reshape(place.rows.shape) if place else None
 
 

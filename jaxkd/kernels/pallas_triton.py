@@ -1,23 +1,22 @@
-"""The rows of one chunk as a Pallas kernel, lowered through Triton: one program a row, for any divergence.
+"""The rows of one chunk as a Pallas kernel, lowered through Triton: one program a row, for any sum over tokens.
 
-The twin of `jaxkd.kernels.reference`, with its signature. It reads a row of float32 logits three times (normalisers; sums
-of the term and of the slope; gradient) and writes the gradient once, in the type of the matrix products that follow.
+The twin of `reference`, with its signature. It reads a row of float32 logits three times (log-sum-exps; sums of the
+term and of the slope; gradient) and writes the gradient once, in the type of the matrix products that follow.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
 
-from jaxkd.divergences.sums_over_tokens import Divergence
-from jaxkd.kernels.kernel_math import LOWEST, log_probability, term_and_slope_of
-from jaxkd.kernels.reference import RowOptions, RowResult, hard_loss
-from jaxkd.logits.sources import Place
+from jaxkd.kernels.kernel_math import LOWEST, LogSumExp, log_probability, term_and_slope_of
+from jaxkd.kernels.reference import hard_loss
+from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult
+from jaxkd.logits import Place
 
 # Knobs. Block size and warps change an H100's time by less than 10 %.
 BLOCK = 2048  # columns in flight, a power of two
@@ -25,145 +24,167 @@ NUM_WARPS = 8
 NUM_STAGES = 2
 INTERPRET = False  # run the kernel as JAX operations on any device, to debug it
 
-# Device code. A `Segment` is a range of columns (start, stop, student has them, teacher has them, softly compared).
-Segment = tuple[int, int, bool, bool, bool]
+# Device code.
 
 
-def _segments(student_width: int, teacher_width: int, vocabulary: str) -> list[Segment]:
+class _Refs(NamedTuple):
+    """What a program is given: its row, or what serves all rows."""
+
+    student: Any  # (V,)
+    teacher: Any  # (Vt,)
+    label: Any  # () and so on: scalars
+    soft_scale: Any
+    hard_scale: Any
+    temperature: Any
+    parameters: Sequence[Any]  # of the divergence
+    first_row: Any  # of the gradient's place, (); None without a gradient
+    soft: Any  # outputs, ()
+    top: Any
+    log_total: Any
+    gradient: Any  # all rows of the place; None without a gradient
+
+    @classmethod
+    def of(cls, refs: Sequence[Any], num_parameters: int, has_gradient: bool) -> "_Refs":
+        """From the order in which the kernel is called: inputs, the place as an input, outputs."""
+        rows, refs = refs[:6], refs[6:]
+        parameters, refs = refs[:num_parameters], refs[num_parameters:]
+        if not has_gradient:
+            return cls._make((*rows, parameters, None, *refs, None))
+        first_row, _, *outputs = refs  # the rows of the place are an output too
+        return cls._make((*rows, parameters, first_row, *outputs))
+
+
+class _Segment(NamedTuple):
+    """A range of columns."""
+
+    start: int
+    stop: int
+    in_student: bool
+    in_teacher: bool
+    is_compared: bool  # softly
+
+
+def _segments(student_width: int, teacher_width: int, vocabulary: str) -> list[_Segment]:
     common = min(student_width, teacher_width)
-    compared = vocabulary == "mask"
-    segments = [(0, common, True, True, True)]
+    is_compared = vocabulary == "mask"
+    segments = [_Segment(0, common, True, True, True)]
     if student_width > common:
-        segments.append((common, student_width, True, False, compared))
-    if teacher_width > common and compared:
-        segments.append((common, teacher_width, False, True, compared))
+        segments.append(_Segment(common, student_width, True, False, is_compared))
+    if teacher_width > common and is_compared:
+        segments.append(_Segment(common, teacher_width, False, True, is_compared))
     return segments
 
 
-def _sweep(segment: Segment, block: int, body: Callable[..., Any], carry: Any) -> Any:
+def _sweep(segment: _Segment, block: int, body: Callable[..., Any], carry: Any) -> Any:
     """``body(start, mask, carry)`` over the blocks of a segment. The last block is moved back to end with the segment,
     and its mask leaves out the columns that were seen: no access is ever outside the row."""
-    start, stop = segment[:2]
 
     def step(i: jax.Array, carry: Any) -> Any:
-        first = start + i * block
-        at = jnp.minimum(first, stop - block)
+        first = segment.start + i * block
+        at = jnp.minimum(first, segment.stop - block)
         return body(at, at + jnp.arange(block, dtype=jnp.int32) >= first, carry)
 
-    return jax.lax.fori_loop(0, pl.cdiv(stop - start, block), step, carry)
+    return jax.lax.fori_loop(0, pl.cdiv(segment.stop - segment.start, block), step, carry)
 
 
-def _add_to_normalizer(z: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Running maximum and sum of exponentials of each lane, at one exponential an element."""
-    largest, total = state
-    d = z - largest
-    e = jnp.exp(-jnp.abs(d))
-    return jnp.maximum(largest, z), jnp.where(d > 0, total * e + 1, total + e)
+class _RunningSum(NamedTuple):
+    """Of each lane: the largest logit so far, and the sum of exp(z - it)."""
 
+    largest: jax.Array  # (block,)
+    total: jax.Array
 
-def _normalizer(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The row's largest logit and the logarithm of the sum of exp(z - it)."""
-    largest, total = state
-    top = jnp.max(largest)
-    return top, jnp.log(jnp.sum(total * jnp.exp(largest - top)))
+    def add(self, z: jax.Array) -> "_RunningSum":
+        """With one exponential an element."""
+        d = z - self.largest
+        e = jnp.exp(-jnp.abs(d))
+        return _RunningSum(jnp.maximum(self.largest, z), jnp.where(d > 0, self.total * e + 1, self.total + e))
+
+    def log_sum_exp(self) -> LogSumExp:
+        """Of the row."""
+        top = jnp.max(self.largest)
+        return LogSumExp(top, jnp.log(jnp.sum(self.total * jnp.exp(self.largest - top))))
 
 
 def _kernel(
-    student_ref,  # (V,) one row
-    teacher_ref,  # (Vt,)
-    label_ref,  # () and so on: scalars
-    soft_scale_ref,
-    hard_scale_ref,
-    temperature_ref,
-    *refs,  # the divergence's parameters; the place of the gradient, its first row () and all rows there; outputs: soft
-    # (), top (), log_total () and these rows once more
+    *refs,
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]],
     num_parameters: int,
     options: RowOptions,
     block: int,
 ):
-    has_gradient = options.gradient_dtype is not None
-    parameters, refs = [ref[...] for ref in refs[:num_parameters]], refs[num_parameters:]
-    target, refs = refs[: 2 * has_gradient], refs[2 * has_gradient :]
-    soft_ref, top_ref, log_total_ref, *gradient_ref = refs
-    segments = _segments(student_ref.shape[0], teacher_ref.shape[0], options.vocabulary)
-    inverse_temperature = 1 / temperature_ref[...]
-    one_normalizer = not options.is_tempered and all(compared for *_, compared in segments)
+    row = _Refs.of(refs, num_parameters, options.gradient_dtype is not None)
+    parameters = [ref[...] for ref in row.parameters]
+    segments = _segments(row.student.shape[0], row.teacher.shape[0], options.vocabulary)
+    inverse_temperature = 1 / row.temperature[...]
+    is_same = not options.is_tempered and all(segment.is_compared for segment in segments)  # softly and hard
 
     def load(ref: Any, at: jax.Array, mask: jax.Array, present: bool) -> jax.Array:
         if not present:
             return jnp.full((block,), -jnp.inf, jnp.float32)
         return plgpu.load(ref.at[pl.ds(at, block)], mask=mask, other=-jnp.inf)
 
-    # Pass 1: normalisers of student and teacher at the temperature, and of the student without it.
-    start = jnp.full((block,), LOWEST, jnp.float32), jnp.zeros((block,), jnp.float32)
-    student_state, teacher_state, plain_state = start, start, start
+    # Pass 1: log-sum-exps of student and teacher at the temperature, and of the student without it.
+    start = _RunningSum(jnp.full((block,), LOWEST, jnp.float32), jnp.zeros((block,), jnp.float32))
+    sums = (start, start, start)
     for segment in segments:
-        *_, in_student, in_teacher, compared = segment
 
-        def normalize(at, mask, states, in_student=in_student, in_teacher=in_teacher, compared=compared):
-            student_state, teacher_state, plain_state = states
-            if in_student:
-                z = load(student_ref, at, mask, True)
-                if compared:
-                    student_state = _add_to_normalizer(z * inverse_temperature, student_state)
-                if not one_normalizer and options.has_labels:
-                    plain_state = _add_to_normalizer(z, plain_state)
-            if in_teacher:
-                teacher_state = _add_to_normalizer(
-                    load(teacher_ref, at, mask, True) * inverse_temperature, teacher_state
-                )
-            return student_state, teacher_state, plain_state
+        def add_logits(at, mask, sums, segment=segment):
+            student_sum, teacher_sum, plain_sum = sums
+            if segment.in_student:
+                z = load(row.student, at, mask, True)
+                if segment.is_compared:
+                    student_sum = student_sum.add(z * inverse_temperature)
+                if not is_same and options.has_labels:
+                    plain_sum = plain_sum.add(z)
+            if segment.in_teacher:
+                teacher_sum = teacher_sum.add(load(row.teacher, at, mask, True) * inverse_temperature)
+            return student_sum, teacher_sum, plain_sum
 
-        student_state, teacher_state, plain_state = _sweep(
-            segment, block, normalize, (student_state, teacher_state, plain_state)
-        )
-    student_normalizer, teacher_normalizer = _normalizer(student_state), _normalizer(teacher_state)
-    plain_normalizer = student_normalizer if one_normalizer else _normalizer(plain_state)
-    top_ref[...], log_total_ref[...] = plain_normalizer
+        sums = _sweep(segment, block, add_logits, sums)
+    student_lse, teacher_lse = sums[0].log_sum_exp(), sums[1].log_sum_exp()
+    plain_lse = student_lse if is_same else sums[2].log_sum_exp()
+    row.top[...], row.log_total[...] = plain_lse
 
-    def log_probabilities(at, mask, in_student, in_teacher):
-        z_q = load(student_ref, at, mask, in_student) * inverse_temperature
-        z_p = load(teacher_ref, at, mask, in_teacher) * inverse_temperature
-        return log_probability(z_p, teacher_normalizer), log_probability(z_q, student_normalizer)
+    def log_probabilities(at, mask, segment):
+        z_q = load(row.student, at, mask, segment.in_student) * inverse_temperature
+        z_p = load(row.teacher, at, mask, segment.in_teacher) * inverse_temperature
+        return log_probability(z_p, teacher_lse), log_probability(z_q, student_lse)
 
     # Pass 2: the loss and the sum of the slopes.
     term_sum, slope_sum = jnp.zeros((block,), jnp.float32), jnp.zeros((block,), jnp.float32)
     for segment in segments:
-        *_, in_student, in_teacher, compared = segment
-        if not compared:
+        if not segment.is_compared:
             continue
 
-        def add(at, mask, sums, in_student=in_student, in_teacher=in_teacher):
-            term, slope = term_and_slope(*log_probabilities(at, mask, in_student, in_teacher), *parameters)
+        def add(at, mask, sums, segment=segment):
+            term, slope = term_and_slope(*log_probabilities(at, mask, segment), *parameters)
             return sums[0] + jnp.where(mask, term, 0), sums[1] + jnp.where(mask, slope, 0)
 
         term_sum, slope_sum = _sweep(segment, block, add, (term_sum, slope_sum))
-    soft_ref[...] = jnp.maximum(jnp.sum(term_sum), 0)
-    if not gradient_ref:
+    row.soft[...] = jnp.maximum(jnp.sum(term_sum), 0)
+    if row.gradient is None:
         return
 
     # Pass 3: the gradient.
-    row = target[0][...] + pl.program_id(0)
+    place = row.first_row[...] + pl.program_id(0)
     slope_total = jnp.sum(slope_sum)
-    label, hard_scale = label_ref[...], hard_scale_ref[...]
-    soft_scale = soft_scale_ref[...] * inverse_temperature
+    label, hard_scale = row.label[...], row.hard_scale[...]
+    soft_scale = row.soft_scale[...] * inverse_temperature
     for segment in segments:
-        *_, in_student, in_teacher, compared = segment
-        if not in_student:
+        if not segment.in_student:
             continue
 
-        def write(at, mask, carry, in_teacher=in_teacher, compared=compared):
+        def write(at, mask, carry, segment=segment):
             d = jnp.zeros((block,), jnp.float32)
-            if compared:
-                log_p, log_q = log_probabilities(at, mask, True, in_teacher)
+            if segment.is_compared:
+                log_p, log_q = log_probabilities(at, mask, segment)
                 _, slope = term_and_slope(log_p, log_q, *parameters)
                 d = jnp.where(soft_scale == 0, 0, soft_scale * (slope - jnp.exp(log_q) * slope_total))
             if options.has_labels:
-                q = jnp.exp(log_probability(load(student_ref, at, mask, True), plain_normalizer))
+                q = jnp.exp(log_probability(load(row.student, at, mask, True), plain_lse))
                 one_hot = at + jnp.arange(block, dtype=jnp.int32) == label
                 d = d + jnp.where(hard_scale == 0, 0, hard_scale * jnp.where(one_hot, q - 1, q))
-            plgpu.store(gradient_ref[0].at[row, pl.ds(at, block)], d.astype(gradient_ref[0].dtype), mask=mask)
+            plgpu.store(row.gradient.at[place, pl.ds(at, block)], d.astype(row.gradient.dtype), mask=mask)
             return carry
 
         _sweep(segment, block, write, 0)
@@ -172,49 +193,39 @@ def _kernel(
 # Host code.
 
 
-def row_losses(
-    student: Float[Array, "C V"],
-    teacher: Float[Array, "C Vt"],
-    labels: Int[Array, " C"],
-    soft_scale: Float[Array, " C"],
-    hard_scale: Float[Array, " C"],
-    temperature: Float[Array, ""],
-    divergence: Divergence,
-    options: RowOptions,
-    place: Place | None = None,
-) -> RowResult:
+def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None) -> RowResult:
     """`reference.row_losses` as one kernel: float32 logits in, losses and a gradient of any floating type out."""
-    rows, width = student.shape
-    teacher_width = teacher.shape[1]
+    num_rows, width = rows.student.shape
+    teacher_width = rows.teacher.shape[1]
     block = min(BLOCK, largest_power_of_two(min(width, teacher_width)))
-    parameters = [jnp.asarray(x, jnp.float32).reshape(1) for x in divergence.parameters]
+    parameters = [jnp.asarray(x, jnp.float32).reshape(1) for x in rows.divergence.parameters]
 
     def row(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, width), lambda i: (i, 0))
 
     each_row = pl.BlockSpec((None,), lambda i: (i,))
     everywhere = pl.BlockSpec((None,), lambda i: (0,))
-    numbers = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
     out_shape, out_specs = [numbers] * 3, [each_row] * 3
     target: list[jax.Array] = []
     target_specs, aliases = [], {}
     if options.gradient_dtype is not None:
-        place = place or Place.alone(rows, width, options.gradient_dtype)
+        place = place or Place.alone(num_rows, width, options.gradient_dtype)
         all_rows = pl.BlockSpec(place.rows.shape, lambda i: (0, 0))
         target, target_specs = [jnp.reshape(place.first, (1,)), place.rows], [everywhere, all_rows]
-        aliases = {6 + len(parameters) + 1: len(out_shape)}  # no copy is made of the rows
+        aliases = {6 + len(parameters) + 1: len(out_shape)}  # the rows of the place, of which no copy is made
         out_shape.append(jax.ShapeDtypeStruct(place.rows.shape, place.rows.dtype))
         out_specs.append(all_rows)
 
     soft, top, log_total, *gradient = pl.pallas_call(
         partial(
             _kernel,
-            term_and_slope=term_and_slope_of(divergence),
+            term_and_slope=term_and_slope_of(rows.divergence),
             num_parameters=len(parameters),
             options=options,
             block=block,
         ),
-        grid=(rows,),
+        grid=(num_rows,),
         in_specs=[row(width), row(teacher_width), each_row, each_row, each_row, everywhere]
         + [everywhere] * len(parameters)
         + target_specs,
@@ -225,16 +236,16 @@ def row_losses(
         interpret=INTERPRET,
         name="jaxkd_rows",
     )(
-        student,
-        teacher,
-        labels.astype(jnp.int32),
-        soft_scale,
-        hard_scale,
-        jnp.reshape(temperature, (1,)),
+        rows.student,
+        rows.teacher,
+        rows.labels.astype(jnp.int32),
+        rows.soft_scale,
+        rows.hard_scale,
+        jnp.reshape(rows.temperature, (1,)),
         *parameters,
         *target,
     )
-    hard = hard_loss(student, top, log_total, labels) if options.has_labels else jnp.zeros_like(soft)
+    hard = hard_loss(rows, LogSumExp(top, log_total), options)
     return soft, hard, gradient[0] if gradient else None
 
 

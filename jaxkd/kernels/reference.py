@@ -1,73 +1,29 @@
 """The rows of one chunk in plain XLA: logits of student and teacher -> losses of each row and the logits' gradient.
 
-`pallas_triton` and `pallas_mosaic_gpu` have the same function as GPU kernels. This is the definition of what they compute.
+`pallas_triton` and `pallas_mosaic_gpu` have the same function as GPU kernels. This is the definition of what they
+compute.
 """
-
-from dataclasses import dataclass
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkd.divergences.sums_over_tokens import Divergence
-from jaxkd.logits.sources import Place, placed
-from jaxkd.loop.partitioning import Axes, psum
-
-RowResult: TypeAlias = tuple[Float[Array, " C"], Float[Array, " C"], Float[Array, "_ V"] | None]
-
-
-@dataclass(frozen=True)
-class VocabularyShards:
-    """Logits that are a device's columns of a vocabulary, as many on each.
-
-    Args:
-      axes: the mesh axes over which the columns are split.
-      student, teacher: the widths; columns beyond them are filling, whatever they hold.
-    """
-
-    axes: Axes
-    student: int
-    teacher: int
+from jaxkd.kernels.kernel_math import LogSumExp
+from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult, VocabularyShards
+from jaxkd.logits import Place, placed
+from jaxkd.loop.collectives import psum
+from jaxkd.loop.partitioning import Axes
 
 
-@dataclass(frozen=True)
-class RowOptions:
-    """What is decided at tracing.
-
-    Args:
-      vocabulary: "truncate" or "mask", for vocabularies of different width.
-      has_labels: whether there is a hard loss.
-      is_tempered: whether the temperature may differ from 1.
-      gradient_dtype: the type of the logits' gradient, or None for the losses alone.
-      shards: how the vocabulary is split over devices, or None.
-    """
-
-    vocabulary: str = "truncate"
-    has_labels: bool = True
-    is_tempered: bool = True
-    gradient_dtype: jnp.dtype | None = None
-    shards: VocabularyShards | None = None
-
-
-def row_losses(
-    student: Float[Array, "C V"],
-    teacher: Float[Array, "C Vt"],
-    labels: Int[Array, " C"],
-    soft_scale: Float[Array, " C"],
-    hard_scale: Float[Array, " C"],
-    temperature: Float[Array, ""],
-    divergence: Divergence,
-    options: RowOptions,
-    place: Place | None = None,
-) -> RowResult:
-    """Soft and hard loss of each row, and the gradient of ``sum(soft_scale * soft + hard_scale * hard)``.
+def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None) -> RowResult:
+    """The losses of each row and their gradient, for a divergence that is a sum over tokens.
 
     soft = D(softmax(teacher / temperature), softmax(student / temperature)) over the common vocabulary;
     hard = -log softmax(student)[label], over the student's, and 0 without labels.
     With ``slope = d term / d log q`` the gradient of soft is ``(slope - q sum(slope)) / temperature``. What comes back
     of the gradient is `placed`.
     """
+    student, teacher, labels = rows.student, rows.teacher, rows.labels
     width, shards = student.shape[1], options.shards
     axes = () if shards is None else shards.axes
     if shards is None:
@@ -77,12 +33,12 @@ def row_losses(
         student, z_q, z_p = align_shards(student, teacher, shards, options.vocabulary)
     is_same = z_q.shape == student.shape and (shards is None or shards.student <= shards.teacher)
     if options.is_tempered:
-        z_q, z_p = z_q / temperature, z_p / temperature
+        z_q, z_p = z_q / rows.temperature, z_p / rows.temperature
     log_q, log_p = log_softmax(z_q, axes), log_softmax(z_p, axes)
     if options.gradient_dtype is None:
-        term, slope = divergence.term(log_p, log_q, *divergence.parameters), None
+        term, slope = rows.divergence.term(log_p, log_q, *rows.divergence.parameters), None
     else:
-        term, slope = divergence.term_and_slope(log_p, log_q)
+        term, slope = rows.divergence.term_and_slope(log_p, log_q)
     soft = jnp.maximum(psum(jnp.sum(term, axis=1), axes), 0)  # only rounding takes it below 0
     hard = jnp.zeros_like(soft)
     if options.has_labels:
@@ -92,11 +48,11 @@ def row_losses(
         return soft, hard, None
 
     d = slope - jnp.exp(log_q) * psum(jnp.sum(slope, axis=1, keepdims=True), axes)
-    scale = (soft_scale / temperature)[:, None]
+    scale = (rows.soft_scale / rows.temperature)[:, None]
     d = jnp.where(scale == 0, 0, scale * d)[:, :width]
     d = jnp.pad(d, ((0, 0), (0, width - d.shape[1])))
     if options.has_labels:
-        d = d + hard_gradient(plain_log_q, labels, hard_scale)
+        d = d + hard_gradient(plain_log_q, labels, rows.hard_scale)
     return soft, hard, placed(d.astype(options.gradient_dtype), place)
 
 
@@ -151,8 +107,8 @@ def hard_gradient(
     return jnp.where(scale == 0, 0, scale * d)
 
 
-def hard_loss(
-    student: Float[Array, "C V"], top: Float[Array, " C"], log_total: Float[Array, " C"], labels: Int[Array, " C"]
-) -> Float[Array, " C"]:
-    """Cross-entropy with the label, from the row's largest logit and ``log sum exp(z - top)``."""
-    return log_total - (at_label(student, labels) - top)
+def hard_loss(rows: ChunkRows, lse: LogSumExp, options: RowOptions) -> Float[Array, " C"]:
+    """Cross-entropy with the label where the student's log-sum-exps (C,) are known, and 0 without labels."""
+    if not options.has_labels:
+        return jnp.zeros_like(lse.top)
+    return lse.log_total - (at_label(rows.student, rows.labels) - lse.top)

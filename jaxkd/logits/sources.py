@@ -1,17 +1,19 @@
 """Where logits come from: a head that is multiplied a chunk of rows at a time, or values that already exist.
 
 A source is a pytree. One of its arrays has a row for each token position (``ROWS``); the others serve all rows, and
-``DIMS`` says which axes of a flat source's arrays are rows and which the vocabulary, for `jaxkd.loop.partitioning`. The
-loop over chunks takes a chunk of rows from it, asks for their logits, and hands the gradient of the logits back.
+``DIMS`` says which axes of a flat source's arrays are rows and which the vocabulary, for more than one device. The loop
+over chunks takes a chunk of rows from it, asks for their logits, and hands the gradient of the logits back.
 """
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jaxkd.logits.array_ops import dot, logits_dtype, power_of_two_into_range, take_rows
 
 Gradients: TypeAlias = dict[str, jax.Array]  # by the name of the source's field
 
@@ -34,6 +36,7 @@ class LinearLogits:
 
     ROWS: ClassVar[str] = "hidden"
     DIMS: ClassVar = {"hidden": ("rows", None), "weight": ("vocabulary", None), "bias": ("vocabulary",)}
+    IN_BUCKETS: ClassVar[bool] = False
 
     hidden: Any
     weight: Any
@@ -78,6 +81,10 @@ class LinearLogits:
     def take(self, index: Int[Array, " C"]) -> "LinearLogits":
         """The rows ``index`` of a flat source; an index beyond the last row gives a row of zeros."""
         return replace(self, hidden=take_rows(self.hidden, index))
+
+    def compared(self, dtype: jnp.dtype) -> Float[Array, "C V"]:
+        """As the teacher: what the student's logits are compared with."""
+        return self.logits().astype(dtype)
 
     def logits(self) -> Float[Array, "C V"]:
         return self._transform(self._product(), self.bias, self.scale, self.softcap)
@@ -135,6 +142,8 @@ class Logits:
 
     ROWS: ClassVar[str] = "values"
     DIMS: ClassVar = {"values": ("rows", "vocabulary")}
+    IN_BUCKETS: ClassVar[bool] = False
+    is_linear: ClassVar[bool] = False  # there is no product
 
     values: Any
 
@@ -163,6 +172,9 @@ class Logits:
     def take(self, index: Int[Array, " C"]) -> "Logits":
         return Logits(take_rows(self.values, index))
 
+    def compared(self, dtype: jnp.dtype) -> Float[Array, "C V"]:
+        return self.values.astype(dtype)
+
     def logits(self) -> Float[Array, "C V"]:
         return self.values.astype(self.dtype)
 
@@ -171,47 +183,3 @@ class Logits:
 
 
 Source: TypeAlias = LinearLogits | Logits
-
-
-class Place(NamedTuple):
-    """Where the gradient of some rows' logits goes: into ``rows`` from row ``first`` on."""
-
-    rows: Float[Array, "_ V"]
-    first: Int[Array, ""]
-
-    @classmethod
-    def alone(cls, num_rows: int, width: int, dtype: jnp.dtype) -> "Place":
-        """For a gradient that goes nowhere: rows that hold anything until it is written."""
-        return cls(jax.lax.empty((num_rows, width), dtype), jnp.zeros((), jnp.int32))
-
-
-def placed(gradient: Float[Array, "C V"], place: Place | None) -> Float[Array, "_ V"]:
-    """The rows of ``place`` with the gradient among them, or the gradient alone."""
-    if place is None:
-        return gradient
-    return jax.lax.dynamic_update_slice_in_dim(place.rows, gradient, place.first, axis=0)
-
-
-def logits_dtype(x: Any) -> jnp.dtype:
-    """float64 for float64, else float32."""
-    return jnp.dtype(jnp.float64 if jnp.result_type(x) == jnp.float64 else jnp.float32)
-
-
-def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-    """The product of two matrices over one axis of each, accumulated and returned in ``dtype``."""
-    return jax.lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=dtype)
-
-
-def take_rows(x: jax.Array, index: Int[Array, " C"]) -> jax.Array:
-    """Rows of ``x``; zeros for an index beyond its last row. ``index`` is increasing."""
-    return x.at[index].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
-
-
-def power_of_two_into_range(x: jax.Array) -> jax.Array:
-    """A power of two that brings the largest finite magnitude of ``x`` to about 2**12: exact to multiply and divide by.
-
-    float16 reaches from 6e-8 to 65504, and near convergence the gradient of most logits lies below.
-    """
-    largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0))
-    exponent = jnp.clip(12 - jnp.ceil(jnp.log2(largest)), -100, 100)
-    return jnp.ldexp(jnp.ones_like(largest), exponent.astype(jnp.int32))

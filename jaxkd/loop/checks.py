@@ -92,6 +92,28 @@ def check_scalar(name: str, value: Any, above: float | None = None, at_least: fl
         raise ValueError(f"`{name}` is {known:g}; give a number of at least {at_least:g}")
 
 
+def check_row_arguments(
+    student: Source,
+    name: str,
+    *,
+    labels: Any = None,
+    weights: Any = None,
+    normalizer: Any = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+) -> None:
+    """Raises an error for a value that does not fit; ``name`` is what the student's rows are called."""
+    if labels is not None:
+        check_labels(labels, student.leading_shape, name)
+    if weights is not None:
+        check_weights(weights, student.leading_shape, name)
+    if normalizer is not None:
+        check_scalar("normalizer", normalizer, above=0)
+    check_integer("ignore_index", ignore_index)
+    if chunk_size is not None:
+        check_size("chunk_size", chunk_size)
+
+
 def check_vocabulary(vocabulary: Any) -> None:
     if vocabulary not in ("truncate", "mask"):
         raise ValueError(f'`vocabulary` is {vocabulary!r}; give "truncate" or "mask"')

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.logits.sources import LinearLogits, Logits, Place, Source, placed, take_rows
-from jaxkd.loop.checks import check_source
-from jaxkd.loop.chunked import sum_rows
-from jaxkd.loop.row_weights import check_row_arguments, count_rows, rows_of_chunk, weighted
-from jaxkd.metrics import Metrics, metrics_of
+from jaxkd.logits import LinearLogits, Logits, Place, Source, placed, take_rows
+from jaxkd.loop import Metrics, Plan, count_rows, metrics_of, rows_of_chunk, sum_rows, weighted
+from jaxkd.loop.checks import check_row_arguments, check_source
 
 RowFunction = Callable[..., Any]
 
@@ -101,7 +99,7 @@ def chunked_loss(
     rows = count_rows(student, labels, weights, normalizer, ignore_index)
     loss = FunctionLoss(function, rows.labels, rows.weights, per_row, jax.tree.map(jnp.asarray, shared))
     loss = replace(loss, metrics=names_of_metrics(loss, student, chunks.piece))
-    sums = sum_rows(loss, student, rows.counts, rows.normalizer, chunks)
+    sums = sum_rows(loss, student, rows.is_counted, rows.normalizer, Plan(chunks))
     metrics = {name: sums[name] for name in loss.metrics} | {"num_rows": rows.num_rows}
     return sums["loss"], metrics_of(metrics)
 
@@ -109,7 +107,7 @@ def chunked_loss(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FunctionLoss:
-    """A function of a chunk's logits as a row loss of the loop in `jaxkd.loop.chunked`."""
+    """A function of a chunk's logits as a row loss for the loop over chunks."""
 
     function: RowFunction = field(metadata={"static": True})
     labels: Any

@@ -9,17 +9,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.divergences.sums_over_tokens import forward_kl, jensen_shannon
-from jaxkd.divergences.whole_rows import AnyDivergence, check_divergence
-from jaxkd.kernels.dispatch import Chunk, RowLosses, row_losses_for
-from jaxkd.kernels.reference import RowOptions, VocabularyShards
-from jaxkd.logits.sources import LinearLogits, Logits, Place, Source, take_rows
-from jaxkd.loop.checks import check_same_rows, check_scalar, check_source, check_vocabulary
-from jaxkd.loop.chunked import sum_rows
-from jaxkd.loop.partitioning import ROWS, Layout, Sharding, layout_of
-from jaxkd.loop.row_weights import check_row_arguments, count_rows, rows_of_chunk, weighted
-from jaxkd.metrics import Metrics, metrics_of
-from jaxkd.teachers.protocol import Bucketed, Teacher, check_teacher, for_loop
+from jaxkd.divergences import AnyDivergence, check_divergence, forward_kl, jensen_shannon
+from jaxkd.kernels import Chunk, ChunkRows, RowLosses, RowOptions, VocabularyShards, row_losses_for
+from jaxkd.logits import LinearLogits, Place, Source, take_rows
+from jaxkd.loop import Metrics, Plan, Sharding, count_rows, metrics_of, rows_of_chunk, sum_rows, weighted
+from jaxkd.loop.checks import check_row_arguments, check_same_rows, check_scalar, check_source, check_vocabulary
+from jaxkd.loop.flattening import check_sources, flat_rows, flat_sources, has_filling, on_auto_axes
+from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
+from jaxkd.teachers import Teacher, TeacherRows, check_teacher, rows_of
 
 
 def distillation_loss(
@@ -96,11 +93,8 @@ def distillation_loss(
     >>> print(f"{loss:.4f} = {metrics['soft']:.4f} + 0.5 * {metrics['hard']:.4f}, {metrics['num_rows']:.0f} rows")
     0.7091 = 0.1834 + 0.5 * 1.0514, 2 rows
     """
-    return _distillation_loss(
-        student,
-        teacher,
-        labels,
-        prefixes=("student.", "teacher."),
+    arguments = _Arguments(
+        labels=labels,
         divergence=divergence,
         temperature=temperature,
         soft_weight=soft_weight,
@@ -113,6 +107,7 @@ def distillation_loss(
         implementation=implementation,
         sharding=sharding,
     )
+    return _distillation_loss(student, teacher, arguments, prefixes=("student.", "teacher."))
 
 
 def fused_linear_jsd(
@@ -155,11 +150,8 @@ def fused_linear_jsd(
     >>> print(f"{loss:.4f}")
     0.0285
     """
-    return _distillation_loss(
-        LinearLogits(student_hidden, student_weight, student_bias),
-        LinearLogits(teacher_hidden, teacher_weight, teacher_bias),
-        labels,
-        prefixes=("student_", "teacher_"),
+    arguments = _Arguments(
+        labels=labels,
         divergence=jensen_shannon(beta),
         temperature=temperature,
         soft_weight=soft_weight,
@@ -172,14 +164,129 @@ def fused_linear_jsd(
         implementation=implementation,
         sharding=sharding,
     )
+    student = LinearLogits(student_hidden, student_weight, student_bias)
+    teacher = LinearLogits(teacher_hidden, teacher_weight, teacher_bias)
+    return _distillation_loss(student, teacher, arguments, prefixes=("student_", "teacher_"))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Arguments:
+    """What the loss is asked for beside the two models, as `distillation_loss` describes it."""
+
+    labels: Any
+    divergence: AnyDivergence
+    temperature: Any
+    soft_weight: Any
+    hard_weight: Any
+    weights: Any
+    normalizer: Any
+    ignore_index: int = field(metadata={"static": True})
+    vocabulary: str = field(metadata={"static": True})
+    chunk_size: int | None = field(metadata={"static": True})
+    implementation: str | None = field(metadata={"static": True})
+    sharding: Sharding | None = field(metadata={"static": True})
+
+    def check(self, student: Any, teacher: Any, prefixes: tuple[str, str]) -> None:
+        """Raises an error for what does not fit; ``prefixes`` are what the fields of the models are called."""
+        check_source(student, prefixes[0])
+        check_divergence(self.divergence)
+        check_scalar("temperature", self.temperature, above=0)
+        check_teacher(teacher, prefixes[1], student, self.divergence, self.temperature)
+        name = prefixes[0] + student.ROWS
+        check_same_rows(student, teacher, (name, prefixes[1] + teacher.ROWS))
+        check_row_arguments(
+            student,
+            name,
+            labels=self.labels,
+            weights=self.weights,
+            normalizer=self.normalizer,
+            ignore_index=self.ignore_index,
+            chunk_size=self.chunk_size,
+        )
+        check_scalar("soft_weight", self.soft_weight, at_least=0)
+        check_scalar("hard_weight", self.hard_weight, at_least=0)
+        if self.labels is None and not _is(self.hard_weight, 0):
+            raise ValueError(
+                f"`hard_weight` is {self.hard_weight} but there are no `labels`; give labels or leave it 0"
+            )
+        check_vocabulary(self.vocabulary)
+
+    def row_options(self) -> RowOptions:
+        return RowOptions(
+            vocabulary=self.vocabulary,
+            has_labels=self.labels is not None,
+            is_tempered=not _is(self.temperature, 1),
+        )
+
+
+def _is(value: Any, number: int) -> bool:
+    """Whether it is a Python number, and this one: then it is known whatever is traced."""
+    return isinstance(value, (int, float)) and value == number
+
+
+def _distillation_loss(
+    student: Source, teacher: Teacher, arguments: _Arguments, prefixes: tuple[str, str]
+) -> tuple[jax.Array, Metrics]:
+    arguments.check(student, teacher, prefixes)
+    partitioning = partitioning_of(arguments.sharding, len(student.leading_shape))
+    rows = rows_of(teacher, arguments.temperature)
+    check_sources(partitioning, student, rows)
+    function = partial(_loss_of_arrays, partitioning=partitioning, options=arguments.row_options())
+    return on_auto_axes(partitioning, function, student, rows, arguments)
+
+
+def _loss_of_arrays(
+    student: Any, teacher: Any, arguments: _Arguments, *, partitioning: Partitioning, options: RowOptions
+) -> tuple[jax.Array, Metrics]:
+    labels = arguments.labels
+    widths = partitioning.whole_width(student.vocabulary), partitioning.whole_width(teacher.vocabulary)
+    if has_filling(partitioning, student.leading_shape) and labels is None:
+        labels = jnp.zeros(student.leading_shape, jnp.int32)
+    if partitioning.vocabulary:
+        options = replace(options, shards=VocabularyShards(partitioning.vocabulary, *widths))
+    student, teacher = flat_sources(partitioning, student, teacher, truncate=options.vocabulary == "truncate")
+    teacher, dtype = teacher.prepared(), student.dtype
+
+    chunks = rows_of_chunk(arguments.chunk_size, student, teacher, partitioning=partitioning)
+    chunk = Chunk(
+        partitioning.gather_size * chunks.size,
+        partitioning.local_width(student.vocabulary),
+        partitioning.local_width(teacher.vocabulary),
+        dtype,
+        is_shard=options.shards is not None,
+    )
+    divergence = jax.tree.map(lambda x: jnp.asarray(x, dtype), arguments.divergence)
+    rows = count_rows(
+        student,
+        flat_rows(partitioning, labels, fill=arguments.ignore_index),
+        flat_rows(partitioning, arguments.weights, fill=0),
+        arguments.normalizer,
+        arguments.ignore_index,
+        vocabulary=widths[0],
+        partitioning=partitioning,
+    )
+    loss = _RowLoss(
+        teacher=teacher,
+        labels=jnp.zeros_like(rows.weights, jnp.int32) if rows.labels is None else rows.labels,
+        weights=rows.weights,
+        soft_weight=jnp.asarray(arguments.soft_weight, dtype),
+        hard_weight=jnp.asarray(arguments.hard_weight, dtype),
+        temperature=jnp.asarray(arguments.temperature, dtype),
+        divergence=divergence,
+        row_losses=row_losses_for(arguments.implementation, chunk, divergence, in_buckets=teacher.IN_BUCKETS),
+        options=options,
+    )
+    sums = sum_rows(loss, student, rows.is_counted, rows.normalizer, Plan(chunks, partitioning))
+    return sums["loss"], metrics_of({"soft": sums["soft"], "hard": sums["hard"], "num_rows": rows.num_rows})
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _RowLoss:
-    """The weighted sum of the soft and the hard loss of each row, for the loop in `jaxkd.loop.chunked`."""
+    """The weighted sum of the soft and the hard loss of each row, for the loop over chunks."""
 
-    teacher: Any
+    teacher: TeacherRows
     labels: Any
     weights: Any
     soft_weight: Any
@@ -202,149 +309,19 @@ class _RowLoss:
     def __call__(
         self, logits: Float[Array, "C V"], gradient_dtype: Any, place: Place | None
     ) -> tuple[Metrics, jax.Array | None]:
-        soft_scale, hard_scale = self.soft_weight * self.weights, self.hard_weight * self.weights
-        soft, hard, gradient = self.row_losses(
-            logits,
-            self.teacher if isinstance(self.teacher, Bucketed) else self.teacher.logits().astype(logits.dtype),
-            self.labels,
-            soft_scale,
-            hard_scale,
-            self.temperature,
-            self.divergence,
-            replace(self.options, gradient_dtype=gradient_dtype),
-            place,
+        rows = ChunkRows(
+            student=logits,
+            teacher=self.teacher.compared(logits.dtype),
+            labels=self.labels,
+            soft_scale=self.soft_weight * self.weights,
+            hard_scale=self.hard_weight * self.weights,
+            temperature=self.temperature,
+            divergence=self.divergence,
         )
+        soft, hard, gradient = self.row_losses(rows, replace(self.options, gradient_dtype=gradient_dtype), place)
         sums = {
-            "loss": weighted(soft_scale, soft) + weighted(hard_scale, hard),
+            "loss": weighted(rows.soft_scale, soft) + weighted(rows.hard_scale, hard),
             "soft": weighted(self.weights, soft),
             "hard": weighted(self.weights, hard),
         }
         return sums, gradient
-
-
-def _distillation_loss(
-    student: Source,
-    teacher: Teacher,
-    labels: Any,
-    *,
-    prefixes: tuple[str, str],
-    divergence: AnyDivergence,
-    temperature: Any,
-    soft_weight: Any,
-    hard_weight: Any,
-    ignore_index: int,
-    weights: Any,
-    normalizer: Any,
-    vocabulary: str,
-    chunk_size: int | None,
-    implementation: str | None,
-    sharding: Sharding | None,
-) -> tuple[jax.Array, Metrics]:
-    check_source(student, prefixes[0])
-    check_divergence(divergence)
-    check_scalar("temperature", temperature, above=0)
-    check_teacher(teacher, prefixes[1], student, divergence, temperature)
-    rows_names = prefixes[0] + student.ROWS, prefixes[1] + teacher.ROWS
-    check_same_rows(student, teacher, rows_names)
-    check_row_arguments(
-        student,
-        rows_names[0],
-        labels=labels,
-        weights=weights,
-        normalizer=normalizer,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-    )
-    check_scalar("soft_weight", soft_weight, at_least=0)
-    check_scalar("hard_weight", hard_weight, at_least=0)
-    if labels is None and not (isinstance(hard_weight, (int, float)) and hard_weight == 0):
-        raise ValueError(f"`hard_weight` is {hard_weight} but there are no `labels`; give labels or leave it 0")
-    check_vocabulary(vocabulary)
-
-    layout = layout_of(sharding, len(student.leading_shape))
-    if layout.vocabulary and not isinstance(teacher, LinearLogits | Logits):
-        raise ValueError(
-            f"`sharding` splits the vocabulary, which a {type(teacher).__name__} as `teacher` does not support; leave "
-            "`vocabulary` out of `sharding` to split the rows"
-        )
-    teacher = for_loop(teacher, temperature)
-    layout.check(student, teacher)
-    function = partial(
-        _loss_of_arrays,
-        layout=layout,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-        implementation=implementation,
-        options=RowOptions(
-            vocabulary=vocabulary,
-            has_labels=labels is not None,
-            is_tempered=not (isinstance(temperature, (int, float)) and temperature == 1),
-        ),
-    )
-    arrays = student, teacher, labels, weights, normalizer, soft_weight, hard_weight, temperature, divergence
-    return layout.run(function, *arrays)
-
-
-def _loss_of_arrays(
-    student: Source,
-    teacher: Any,
-    labels: Any,
-    weights: Any,
-    normalizer: Any,
-    soft_weight: Any,
-    hard_weight: Any,
-    temperature: Any,
-    divergence: AnyDivergence,
-    *,
-    layout: Layout,
-    ignore_index: int,
-    chunk_size: int | None,
-    implementation: str | None,
-    options: RowOptions,
-) -> tuple[jax.Array, Metrics]:
-    widths = layout.whole_width(student.vocabulary), layout.whole_width(teacher.vocabulary)
-    if layout.fills_up(student.leading_shape) and labels is None:
-        labels = jnp.zeros(student.leading_shape, jnp.int32)
-    if layout.vocabulary:
-        options = replace(options, shards=VocabularyShards(layout.vocabulary, *widths))
-    student, teacher = layout.flat(student, teacher, truncate=options.vocabulary == "truncate")
-    teacher, dtype = teacher.prepared(), student.dtype
-
-    chunks = rows_of_chunk(chunk_size, student, teacher, layout=layout)
-    chunk = Chunk(
-        layout.gather_size * chunks.size,
-        layout.local_width(student.vocabulary),
-        layout.local_width(teacher.vocabulary),
-        dtype,
-        is_shard=options.shards is not None,
-    )
-    row_losses = row_losses_for(implementation, chunk, divergence, in_buckets=isinstance(teacher, Bucketed))
-    rows = count_rows(
-        student,
-        layout.flat_rows(labels, fill=ignore_index),
-        layout.flat_rows(weights, fill=0),
-        normalizer,
-        ignore_index,
-        vocabulary=widths[0],
-        layout=layout,
-    )
-    sums = sum_rows(
-        _RowLoss(
-            teacher=teacher,
-            labels=jnp.zeros_like(rows.weights, jnp.int32) if rows.labels is None else rows.labels,
-            weights=rows.weights,
-            soft_weight=jnp.asarray(soft_weight, dtype),
-            hard_weight=jnp.asarray(hard_weight, dtype),
-            temperature=jnp.asarray(temperature, dtype),
-            divergence=jax.tree.map(lambda x: jnp.asarray(x, dtype), divergence),
-            row_losses=row_losses,
-            options=options,
-        ),
-        student,
-        counts=rows.counts,
-        normalizer=rows.normalizer,
-        chunks=chunks,
-        layout=layout,
-    )
-    metrics = {"soft": sums["soft"], "hard": sums["hard"], "num_rows": rows.num_rows}
-    return sums["loss"], metrics_of(metrics)

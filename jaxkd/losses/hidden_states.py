@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkd.divergences.whole_rows import RowDivergence, cosine_distance, mse
-from jaxkd.logits.sources import LinearLogits, Logits, logits_dtype
+from jaxkd.divergences import RowDivergence, cosine_distance, mse
+from jaxkd.logits import LinearLogits, Logits, logits_dtype
+from jaxkd.loop import Metrics
 from jaxkd.loop.checks import check_floating, check_integer, check_labels, check_weights
 from jaxkd.losses.chunked_losses import chunked_loss
-from jaxkd.metrics import Metrics
 
 
 def hidden_cosine(

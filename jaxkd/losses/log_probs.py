@@ -7,14 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkd.divergences.sums_over_tokens import forward_kl, weigh
-from jaxkd.divergences.whole_rows import AnyDivergence, check_divergence
-from jaxkd.kernels.dispatch import xla_row_losses
-from jaxkd.kernels.reference import RowOptions, at_label
-from jaxkd.logits.sources import Source
-from jaxkd.loop.checks import check_same_rows, check_scalar, check_source, check_vocabulary
-from jaxkd.loop.chunked import map_rows
-from jaxkd.loop.row_weights import check_row_arguments, count_rows, rows_of_chunk
+from jaxkd.divergences import AnyDivergence, check_divergence, forward_kl, weigh
+from jaxkd.kernels import ChunkRows, RowOptions, at_label, xla_row_losses
+from jaxkd.logits import Source
+from jaxkd.loop import count_rows, map_rows, rows_of_chunk
+from jaxkd.loop.checks import check_row_arguments, check_same_rows, check_scalar, check_source, check_vocabulary
 from jaxkd.losses.chunked_losses import FunctionLoss, names_of_metrics
 
 
@@ -52,7 +49,7 @@ def token_log_probs(
     shape, student = student.leading_shape, student.flat()
     rows = count_rows(student, labels, ignore_index=ignore_index)
     loss = FunctionLoss(_log_prob, rows.labels, rows.weights)
-    values = map_rows(loss, student, rows.counts, rows_of_chunk(chunk_size, student))
+    values = map_rows(loss, student, rows.is_counted, rows_of_chunk(chunk_size, student))
     return jnp.reshape(values["loss"], shape)
 
 
@@ -152,7 +149,7 @@ def token_statistics(
     shared = jnp.asarray(temperature, student.dtype), jax.tree.map(lambda x: jnp.asarray(x, student.dtype), divergence)
     loss = FunctionLoss(_Statistics(vocabulary), rows.labels, rows.weights, teachers, shared)
     loss = replace(loss, metrics=names_of_metrics(loss, student, chunks.piece))
-    values = map_rows(loss, student, rows.counts, chunks)
+    values = map_rows(loss, student, rows.is_counted, chunks)
     # float32 holds token ids up to 2**24.
     values["top"] = jnp.where(rows.weights == 1, values["top"], -1).astype(jnp.int32)
     return {name: jnp.reshape(values[name], shape) for name in loss.metrics}
@@ -177,7 +174,7 @@ class _Statistics:
         for teacher in teachers:
             temperature, divergence = shared
             one, options = jnp.ones_like(entropy), RowOptions(self.vocabulary, has_labels=False)
-            row_losses = xla_row_losses(divergence)
-            soft, _, _ = row_losses(logits, teacher, top, one, one, temperature, divergence, options)
+            rows = ChunkRows(logits, teacher, top, one, one, temperature, divergence)
+            soft, _, _ = xla_row_losses(divergence)(rows, options, None)
             values |= {"soft": soft, "agrees": top == jnp.argmax(teacher, axis=1)}
         return log_normalizer, values

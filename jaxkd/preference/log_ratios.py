@@ -9,7 +9,7 @@ from jax.nn import log_sigmoid
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxkd.loop.checks import check_floating, check_scalar, check_weights, known_value
-from jaxkd.metrics import Metrics, metrics_of
+from jaxkd.loop.row_weights import Metrics, metrics_of
 
 Result = tuple[jax.Array, Metrics]
 

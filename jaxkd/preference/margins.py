@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 from jax.typing import ArrayLike
 
-from jaxkd.divergences.sums_over_tokens import Divergence
+from jaxkd.divergences import Divergence
 from jaxkd.preference.log_ratios import Pairs, Result, negative_log_likelihood, smoothed
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.logits.sources import take_rows
+from jaxkd.divergences import AnyDivergence
+from jaxkd.logits import Source, take_rows
 from jaxkd.loop.checks import check_same_rows, check_source, known_value
 
 
@@ -54,7 +55,7 @@ class Mixture:
     def vocabulary(self) -> int:
         return self.teachers[0].vocabulary
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, student: Source, divergence: AnyDivergence, temperature: Any) -> None:
         """Raises an error for teachers that do not fit one another and weights that do not fit them."""
         if not isinstance(self.teachers, list | tuple):
             kind = type(self.teachers).__name__
@@ -96,6 +97,7 @@ class MixtureLogits:
 
     ROWS: ClassVar[str] = "weights"
     DIMS: ClassVar = {"weights": ("rows", None)}
+    IN_BUCKETS: ClassVar[bool] = False
 
     teachers: tuple[Any, ...]
     weights: Any  # (..., M)
@@ -119,6 +121,9 @@ class MixtureLogits:
     def take(self, index: Int[Array, " C"]) -> "MixtureLogits":
         teachers = tuple(x.take(index) for x in self.teachers)
         return replace(self, teachers=teachers, weights=take_rows(self.weights, index))
+
+    def compared(self, dtype: jnp.dtype) -> Float[Array, "C V"]:
+        return self.logits().astype(dtype)
 
     def logits(self) -> Float[Array, "C V"]:
         dtype = jnp.result_type(*(teacher.dtype for teacher in self.teachers))

@@ -1,38 +1,73 @@
-"""Every kind of teacher that `distillation_loss` takes, and what it has to satisfy."""
+"""What a teacher is to `distillation_loss`: one protocol for all kinds, so that no other room asks for a type."""
 
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from jaxkd.divergences.sums_over_tokens import Divergence
-from jaxkd.divergences.whole_rows import AnyDivergence
-from jaxkd.logits.sources import Source
+from jaxkd.divergences import AnyDivergence, Divergence
+from jaxkd.logits import Source
 from jaxkd.loop.checks import check_source
 from jaxkd.teachers.mixture import Mixture
 from jaxkd.teachers.top_k import TopKLogProbs
 from jaxkd.teachers.vocabulary_map import VocabularyMap
 
-Bucketed: TypeAlias = TopKLogProbs | VocabularyMap
-Teacher: TypeAlias = Source | Mixture | Bucketed
+Teacher: TypeAlias = Source | Mixture | TopKLogProbs | VocabularyMap
+
+
+@runtime_checkable
+class TeacherRows(Protocol):
+    """A teacher as the loop has it. `LinearLogits` and `Logits` satisfy this as they are."""
+
+    ROWS: str  # its array with a row for each position, as the caller calls it
+    DIMS: ClassVar[dict[str, Any]]  # which axes of its arrays are rows and which the vocabulary, as in `jaxkd.logits`
+    IN_BUCKETS: ClassVar[bool]  # whether it is compared by buckets of tokens
+
+    @property
+    def leading_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def vocabulary(self) -> int:
+        """How many numbers a row has."""
+
+    def flat(self) -> "TeacherRows":
+        """The same with one leading axis."""
+
+    def prepared(self) -> "TeacherRows":
+        """What can be done once is done, not a chunk."""
+
+    def take(self, index: Int[Array, " C"]) -> "TeacherRows":
+        """The rows ``index``; for an index beyond the last row, a row of zeros."""
+
+    def compared(self, dtype: jnp.dtype) -> Any:
+        """What the rows of a chunk are compared with: logits (C, Vt), or a `BucketTeacher`."""
+
+
+@runtime_checkable
+class TeacherKind(Protocol):
+    """A teacher that is more than a source of logits."""
+
+    def check(self, name: str, student: Source, divergence: AnyDivergence, temperature: Any) -> None:
+        """Raises an error for what does not fit; ``name`` is what the caller calls it."""
+
+    def at(self, temperature: Any) -> TeacherRows:
+        """What the loop takes rows of, for a loss at this temperature. No gradient reaches the models."""
 
 
 def check_teacher(teacher: Any, prefix: str, student: Source, divergence: AnyDivergence, temperature: Any) -> None:
     """Raises an error for a teacher that does not fit; ``prefix`` is what its fields are called by the caller."""
-    if not isinstance(teacher, Mixture | TopKLogProbs | VocabularyMap):
+    if not isinstance(teacher, TeacherKind):
         return check_source(teacher, prefix)
-    name, kind = prefix.rstrip("._"), type(teacher).__name__
-    if isinstance(teacher, Mixture):
-        return teacher.check(name)
-    if not isinstance(divergence, Divergence):
+    name = prefix.rstrip("._")
+    if getattr(teacher, "IN_BUCKETS", False) and not isinstance(divergence, Divergence):
         raise ValueError(
-            f"`divergence` is a function of whole rows of logits, which `{name}`, a {kind}, does not have; give a sum "
-            "over tokens such as jaxkd.forward_kl"
+            f"`divergence` is a function of whole rows of logits, which `{name}`, a {type(teacher).__name__}, does not "
+            "have; give a sum over tokens such as jaxkd.forward_kl"
         )
-    if isinstance(teacher, VocabularyMap):
-        return teacher.check(name, student.vocabulary)
-    return teacher.check(name, student.vocabulary, divergence, temperature)
+    return teacher.check(name, student, divergence, temperature)
 
 
-def for_loop(teacher: Teacher, temperature: Any) -> Any:
-    """What the loop takes rows of: no gradient reaches it, and a mixture is one at the loss's temperature."""
-    return teacher.at(temperature) if isinstance(teacher, Mixture) else jax.lax.stop_gradient(teacher)
+def rows_of(teacher: Any, temperature: Any) -> TeacherRows:
+    """What the loop takes rows of: no gradient reaches the teacher."""
+    return teacher.at(temperature) if isinstance(teacher, TeacherKind) else jax.lax.stop_gradient(teacher)

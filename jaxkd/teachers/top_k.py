@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkd.divergences.sums_over_tokens import Divergence, forward_kl
-from jaxkd.kernels.bucketed import Buckets, Partition, partition_by, token_ids
-from jaxkd.logits.sources import logits_dtype, take_rows
+from jaxkd.divergences import AnyDivergence, forward_kl
+from jaxkd.kernels import Buckets, Partition, partition_by, token_ids
+from jaxkd.logits import Source, logits_dtype, take_rows
 from jaxkd.loop.checks import check_floating, check_scalar, known_value
 
 TAILS = ("bucket", "renormalize", "zero")
@@ -61,6 +61,7 @@ class TopKLogProbs:
 
     ROWS: ClassVar[str] = "log_probs"
     DIMS: ClassVar = {"log_probs": ("rows", None), "token_ids": ("rows", None)}
+    IN_BUCKETS: ClassVar[bool] = True
 
     log_probs: Any
     token_ids: Any
@@ -80,8 +81,9 @@ class TopKLogProbs:
     def dtype(self) -> jnp.dtype:
         return logits_dtype(self.log_probs)
 
-    def check(self, name: str, width: int, divergence: Divergence, temperature: Any) -> None:
-        """Raises an error for what does not fit a student of ``width`` tokens."""
+    def check(self, name: str, student: Source, divergence: AnyDivergence, temperature: Any) -> None:
+        """Raises an error for what does not fit the student's tokens, the divergence or the temperature."""
+        width = student.vocabulary
         check_floating(f"{name}.log_probs", self.log_probs)
         if not jnp.issubdtype(jnp.result_type(self.token_ids), jnp.integer):
             raise TypeError(f"`{name}.token_ids` is {jnp.result_type(self.token_ids).name}; give integer token ids")
@@ -98,7 +100,7 @@ class TopKLogProbs:
             raise ValueError(f"`{name}.log_probs` has positive values in every row; give log-probabilities, not logits")
         if self.tail not in TAILS:
             raise ValueError(f"`{name}.tail` is {self.tail!r}; give one of {TAILS}")
-        if self.tail == "zero" and divergence.term is not forward_kl.term:
+        if self.tail == "zero" and getattr(divergence, "term", None) is not forward_kl.term:
             raise ValueError(
                 f'`{name}.tail="zero"` is for `forward_kl`: other divergences, summed over the listed tokens, can be '
                 'negative and fall when the student leaves these tokens; give "bucket" or "renormalize"'
@@ -115,6 +117,9 @@ class TopKLogProbs:
                 'tail="renormalize"'
             )
 
+    def at(self, temperature: Any) -> "TopKLogProbs":
+        return jax.lax.stop_gradient(self)
+
     def flat(self) -> "TopKLogProbs":
         size = self.vocabulary
         return replace(
@@ -128,6 +133,9 @@ class TopKLogProbs:
 
     def take(self, index: Int[Array, " C"]) -> "TopKLogProbs":
         return replace(self, log_probs=take_rows(self.log_probs, index), token_ids=take_rows(self.token_ids, index))
+
+    def compared(self, dtype: jnp.dtype) -> "TopKLogProbs":
+        return self
 
     def partition(self, width: int) -> Partition:
         return jax.vmap(lambda ids, is_listed: partition_by(ids, is_listed, width))(self.token_ids, self._is_listed)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkd.kernels.bucketed import Buckets, Partition, buckets_of, partition_by, token_ids
+from jaxkd.divergences import AnyDivergence
+from jaxkd.kernels import Buckets, Partition, buckets_of, partition_by, token_ids
+from jaxkd.logits import Source
 from jaxkd.loop.checks import check_source, known_value
 
 
@@ -41,6 +43,7 @@ class VocabularyMap:
     """
 
     DIMS: ClassVar[dict[str, Any]] = {}
+    IN_BUCKETS: ClassVar[bool] = True
 
     teacher: Any
     student_ids: Any
@@ -64,11 +67,11 @@ class VocabularyMap:
     def dtype(self) -> jnp.dtype:
         return self.teacher.dtype
 
-    def check(self, name: str, width: int) -> None:
-        """Raises an error for what does not fit a student of ``width`` tokens."""
+    def check(self, name: str, student: Source, divergence: AnyDivergence, temperature: Any) -> None:
+        """Raises an error for what does not fit the student's tokens."""
         check_source(self.teacher, f"{name}.teacher.")
         shapes = {}
-        for side, vocabulary in (("student", width), ("teacher", self.vocabulary)):
+        for side, vocabulary in (("student", student.vocabulary), ("teacher", self.vocabulary)):
             ids, ids_name = getattr(self, f"{side}_ids"), f"{name}.{side}_ids"
             if not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
                 raise TypeError(f"`{ids_name}` is {jnp.result_type(ids).name}; give integer token ids")
@@ -88,6 +91,9 @@ class VocabularyMap:
                 f"{shapes['teacher']}; give (S,) both, with one pair at least"
             )
 
+    def at(self, temperature: Any) -> "VocabularyMap":
+        return jax.lax.stop_gradient(self)
+
     def flat(self) -> "VocabularyMap":
         return replace(self, teacher=self.teacher.flat())
 
@@ -96,6 +102,9 @@ class VocabularyMap:
 
     def take(self, index: Int[Array, " C"]) -> "VocabularyMap":
         return replace(self, teacher=self.teacher.take(index))
+
+    def compared(self, dtype: jnp.dtype) -> "VocabularyMap":
+        return self
 
     def partition(self, width: int) -> Partition:
         return partition_by(token_ids(self.student_ids), True, width)

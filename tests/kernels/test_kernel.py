@@ -8,7 +8,7 @@ import pytest
 
 import jaxkd
 from jaxkd.kernels import pallas_triton
-from jaxkd.loop import chunked
+from jaxkd.loop import chunk_size
 
 N, D, CHUNK = 7, 8, 4
 
@@ -72,7 +72,7 @@ def test_ragged_vocabularies(width):
 @pytest.mark.parametrize("widths", [(123, 123), (131, 123), (2049, 2049)])
 def test_pieces(widths, setting, monkeypatch):
     """The gradient is written among the rows of a chunk."""
-    monkeypatch.setattr(chunked, "PIECE_BYTES", sum(widths) * 4)
+    monkeypatch.setattr(chunk_size, "PIECE_BYTES", sum(widths) * 4)
     compare(*heads(*widths), "jensen_shannon", **SETTINGS[setting])
 
 

@@ -11,7 +11,7 @@ import lowering
 import pytest
 
 import jaxkd
-from jaxkd.loop import chunked
+from jaxkd.loop import chunk_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic kernel is for jax 0.11 and later")
@@ -119,14 +119,14 @@ def test_every_variant_of_mosaic(labelled, differentiate, width):
 
 @pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic)])
 def test_pieces_under_x64(kernel, monkeypatch, x64):
-    monkeypatch.setattr(chunked, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    monkeypatch.setattr(chunk_size, "PIECE_BYTES", 8 * 2 * 32000 * 4)
     text = lowered("jensen_shannon", width=32000, teacher_width=32000, implementation=kernel)
     assert {"triton": is_triton, "mosaic": is_mosaic}[kernel](text)
 
 
 @pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic), None])
 def test_pieces_are_written_in_place(kernel, monkeypatch):
-    monkeypatch.setattr(chunked, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    monkeypatch.setattr(chunk_size, "PIECE_BYTES", 8 * 2 * 32000 * 4)
     text = lowered("jensen_shannon", width=32000, teacher_width=32000, implementation=kernel).as_text()
     assert "output_operand_alias<" in only_kernel(text)
     assert "tensor<8x32000xf32>" in text or "tensor<256000xf32>" in text
@@ -138,7 +138,7 @@ def test_pieces_are_written_in_place(kernel, monkeypatch):
 @pytest.mark.parametrize("transform", ["vmap", "checkpoint"])
 def test_transforms_keep_the_kernel(transform, in_pieces, kernel, monkeypatch):
     """It runs once with a gradient, which is all that reads what it writes in place."""
-    monkeypatch.setattr(chunked, "PIECE_BYTES", (8 if in_pieces else 64) * 2 * 32000 * 4)
+    monkeypatch.setattr(chunk_size, "PIECE_BYTES", (8 if in_pieces else 64) * 2 * 32000 * 4)
 
     def loss(hidden, weight):
         student, teacher = jaxkd.LinearLogits(hidden, weight), jaxkd.LinearLogits(hidden[:, ::-1], weight)

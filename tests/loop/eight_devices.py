@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkd
-from jaxkd.loop import chunked
+from jaxkd.loop import chunk_size
 
 if jax.device_count() != 8:
     pytest.skip("needs 8 devices", allow_module_level=True)
@@ -100,7 +100,7 @@ def test_pieces(name, monkeypatch):
     """Logits of a chunk formed a row at a time."""
     arrays = data(26, 101, None, bias=False, scale=None)
     want = value_and_grad(chunk_size=5)(*arrays)
-    monkeypatch.setattr(chunked, "PIECE_BYTES", 1)
+    monkeypatch.setattr(chunk_size, "PIECE_BYTES", 1)
     shape, rows, vocabulary = LAYOUTS[name]
     sharding = jaxkd.Sharding(rows, vocabulary, mesh_of(shape, ("x", "y")[: len(shape)]))
     check(value_and_grad(sharding=sharding, chunk_size=4)(*arrays), want)

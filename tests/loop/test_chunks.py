@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import jaxkd
-from jaxkd.loop import chunked
-from jaxkd.loop.row_weights import rows_of_chunk
+from jaxkd.loop import chunk_size
+from jaxkd.loop.chunk_size import rows_of_chunk
 
 DIVERGENCE = "jensen_shannon_0.1"
 OPTIONS = {"temperature": 1.5, "hard_weight": 0.5}
@@ -100,7 +100,7 @@ class TestPieces:
 
     @pytest.fixture(autouse=True)
     def _small_pieces(self, monkeypatch):
-        monkeypatch.setattr(chunked, "PIECE_BYTES", 6 * 2 * 123 * 4)  # six rows of student and teacher
+        monkeypatch.setattr(chunk_size, "PIECE_BYTES", 6 * 2 * 123 * 4)  # six rows of student and teacher
 
     @pytest.mark.parametrize("chunk_size", [5, 6, 7, 12, 16, 37, 4096, None])
     @pytest.mark.parametrize("ignored", [0.0, 0.6, 1.0])
@@ -142,9 +142,9 @@ class TestPieces:
     def test_a_chunk_is_never_exceeded(self):
         for size in range(1, 60):
             for rows in (1, 5, 31, 64):
-                chunks = chunked.in_pieces(min(size, rows), 984, largest=size)
+                chunks = chunk_size.in_pieces(min(size, rows), 984, largest=size)
                 assert chunks.size <= size
-                assert chunks.piece * 984 <= chunked.PIECE_BYTES
+                assert chunks.piece * 984 <= chunk_size.PIECE_BYTES
                 assert chunks.size % chunks.piece == 0
 
     def test_rows_of_ones_own(self):

@@ -1,0 +1,122 @@
+"""In the loop: what devices tell each other, and the types that say where their arrays may differ.
+
+Inside a shard_map with ``check_vma`` the type of an array says over which mesh axes it varies. Nothing here does
+anything on one device.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkd.loop.flattening import map_dims
+from jaxkd.loop.partitioning import ROWS, VOCABULARY, Axes, Dims, Partitioning
+
+
+def gather_chunk(partitioning: Partitioning, tree: Any) -> Any:
+    """A chunk's rows of all devices that share the vocabulary with rows of their own."""
+    if not partitioning.gathered:
+        return tree
+
+    def gather(x: jax.Array, dims: Dims) -> jax.Array:
+        return jax.lax.all_gather(x, partitioning.gathered, tiled=True) if dims[:1] == (ROWS,) else x
+
+    return map_dims(gather, tree)
+
+
+def scatter_to_own_rows(partitioning: Partitioning, gradient: jax.Array, dims: Dims, primal: jax.Array) -> jax.Array:
+    """From the gradient of a gathered chunk by a device's own columns, that of its own rows by all columns."""
+    if VOCABULARY in dims:
+        return gradient
+    gathered = partitioning.gathered
+    if gathered:
+        gradient = jax.lax.psum_scatter(gradient, gathered, scatter_dimension=0, tiled=True)
+    return psum(gradient, tuple(x for x in partitioning.vocabulary if x not in gathered and x not in varying(primal)))
+
+
+def in_step(partitioning: Partitioning, count: jax.Array) -> jax.Array:
+    """The largest ``count`` of the devices that gather from one another, for they have to keep in step."""
+    gathered = partitioning.gathered
+    return jax.lax.pmax(_vary(count, gathered), gathered) if gathered else count
+
+
+def total(partitioning: Partitioning, x: jax.Array) -> jax.Array:
+    """The sum over all rows, from that over a device's chunks."""
+    return _alike(partitioning, psum(x, partitioning.replicas))
+
+
+def total_of_own(partitioning: Partitioning, x: jax.Array) -> jax.Array:
+    """The sum over all rows, from that over a device's own; outside of the loop."""
+    return _alike(partitioning, psum(x, partitioning.row_axes)) if partitioning.is_manual else x
+
+
+def _alike(partitioning: Partitioning, x: jax.Array) -> jax.Array:
+    """What is equal on all devices, of a type that says so."""
+    axes = tuple(axis for axis in partitioning.axes if axis in varying(x))
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def total_gradient(partitioning: Partitioning, gradient: jax.Array, dims: Dims) -> jax.Array:
+    """The gradient of what serves all rows. In the caller's shard_map the backward pass sums it, by `as_primal`."""
+    if not partitioning.is_mapped:
+        return gradient
+    return psum(gradient, partitioning.replicas if VOCABULARY in dims else partitioning.axes)
+
+
+def check_differentiable(partitioning: Partitioning) -> None:
+    if partitioning.is_manual and not is_checked():
+        raise ValueError(
+            "jaxkd cannot tell what is differentiated in a shard_map with `check_vma=False`; leave `check_vma` on"
+        )
+
+
+def psum(x: jax.Array, axes: Axes) -> jax.Array:
+    return jax.lax.psum(_vary(x, axes), axes) if axes else x
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The axes of a shard_map with ``check_vma`` over which ``x`` may differ."""
+    kind = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None)
+    return frozenset() if kind is None else kind.varying
+
+
+def _vary(x: jax.Array, axes: Any) -> jax.Array:
+    missing = tuple(axis for axis in axes if axis not in varying(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def is_checked() -> bool:
+    """Whether this is inside of a shard_map with ``check_vma``."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    return bool(axes) and bool(varying(jax.lax.axis_index(axes[0])))
+
+
+def as_primal(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
+    """A cotangent with the type of its primal: what is the same on several devices gets the sum of their cotangents."""
+    axes = varying(cotangent) - varying(primal)
+    return _vary(psum(cotangent, tuple(axes)), varying(primal))
+
+
+def differing(source: Any, rows: str, others: Any) -> Any:
+    """``source`` with its arrays but that of ``rows`` free to differ between devices wherever ``others`` do.
+
+    Else autodiff of a chunk would sum their gradient over devices at once, which may be at another chunk.
+    """
+    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(others)))
+    return replace(
+        source, **{k: jax.tree.map(lambda x: _vary(x, axes), v) for k, v in vars(source).items() if k != rows}
+    )
+
+
+def empty_like(x: jax.Array) -> jax.Array:
+    """Nothing, of the type of ``x``."""
+    return _vary(jnp.zeros((0,), jnp.result_type(x)), varying(x))
+
+
+def as_carry(body: Callable[..., Any], carry: Any, *arguments: Any) -> Any:
+    """``carry`` with the types that a pass ``body(carry, *arguments)`` of a loop gives it."""
+    if not is_checked():
+        return carry
+    return jax.tree.map(lambda x, after: _vary(x, varying(after)), carry, jax.eval_shape(body, carry, *arguments))

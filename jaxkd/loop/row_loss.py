@@ -1,0 +1,40 @@
+"""What the loop is given: a loss of each row, of the logits of a chunk."""
+
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxkd.logits.gradient_place import Place
+
+Sums: TypeAlias = dict[str, jax.Array]
+Counted: TypeAlias = Bool[Array, " N"] | None  # which rows count, or None for all
+
+
+@runtime_checkable
+class RowLoss(Protocol):
+    """A loss of each row, as a pytree: arrays with a row for each position, scalars, static choices."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it sums: "loss", which is differentiated, and the metrics."""
+
+    def take(self, index: Int[Array, " C"]) -> "RowLoss":
+        """The rows ``index``; for an index beyond the last row, a row whose losses and gradient are 0."""
+
+    def __call__(
+        self, logits: Float[Array, "C V"], gradient_dtype: jnp.dtype | None, place: Place | None
+    ) -> tuple[dict[str, Float[Array, " C"]], jax.Array | None]:
+        """One number a row for each of ``names``, and, if its type is given, the gradient of the sum of "loss".
+
+        If there is a ``place``, the gradient goes there and what comes back is ``place.rows`` with it.
+        """
+
+
+@runtime_checkable
+class WeightedRowLoss(RowLoss, Protocol):
+    """A row loss for `map_rows`."""
+
+    def weighted(self, weights: Float[Array, " N"]) -> "WeightedRowLoss":
+        """The same with each row's number multiplied by its weight."""
