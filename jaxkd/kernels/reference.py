@@ -29,7 +29,7 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
     if shards is None:
         z_q, z_p = align(student, teacher, options.vocabulary)
     else:
-        labels = labels - jax.lax.axis_index(axes).astype(labels.dtype) * width  # its column, if it is a device's own
+        labels = own_labels(student, labels, axes)
         student, z_q, z_p = align_shards(student, teacher, shards, options.vocabulary)
     is_same = z_q.shape == student.shape and (shards is None or shards.student <= shards.teacher)
     if options.is_tempered:
@@ -70,16 +70,23 @@ def align_shards(
     student: Float[Array, "C V"], teacher: Float[Array, "C V"], shards: VocabularyShards, vocabulary: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The student over its vocabulary, and both over one, with -inf in columns that are in none."""
-    column = jax.lax.axis_index(shards.axes) * student.shape[1] + jnp.arange(student.shape[1])
-
-    def masked(z: jax.Array, width: int) -> jax.Array:
-        return jnp.where(column < width, z, -jnp.inf)
-
-    student, teacher = masked(student, shards.student), masked(teacher, shards.teacher)
+    axes = shards.axes
+    student, teacher = own_columns(student, shards.student, axes), own_columns(teacher, shards.teacher, axes)
     if vocabulary == "mask" or shards.student == shards.teacher:
         return student, student, teacher
     common = min(shards.student, shards.teacher)
-    return student, masked(student, common), masked(teacher, common)
+    return student, own_columns(student, common, axes), own_columns(teacher, common, axes)
+
+
+def own_columns(z: Float[Array, "C V"], width: int, axes: Axes) -> Float[Array, "C V"]:
+    """A device's columns of a vocabulary of ``width`` tokens, -inf in those that are filling."""
+    column = first_column(z, axes) + jnp.arange(z.shape[1])
+    return jnp.where(column < width, z, -jnp.inf)
+
+
+def first_column(z: Float[Array, "C V"], axes: Axes) -> Int[Array, ""] | int:
+    """Which token the first of a device's columns is."""
+    return jax.lax.axis_index(axes) * z.shape[1] if axes else 0
 
 
 def log_softmax(z: Float[Array, "C V"], axes: Axes = ()) -> Float[Array, "C V"]:
@@ -96,6 +103,41 @@ def at_label(x: Float[Array, "C V"], labels: Int[Array, " C"], axes: Axes = ()) 
     if not axes:
         return found
     return psum(jnp.where((labels >= 0) & (labels < x.shape[1]), found, 0), axes)
+
+
+def own_labels(z: Float[Array, "C V"], labels: Int[Array, " C"], axes: Axes) -> Int[Array, " C"]:
+    """The column of the label, if it is a device's own."""
+    return labels - jnp.asarray(first_column(z, axes)).astype(labels.dtype)
+
+
+def top_token(z: Float[Array, "C V"], axes: Axes = ()) -> Int[Array, " C"]:
+    """The token of the largest logit, the first of several."""
+    own = jnp.argmax(z, axis=1).astype(jnp.int32)
+    if not axes:
+        return own
+    largest = jnp.max(z, axis=1)
+    is_largest = largest == jax.lax.pmax(largest, axes)
+    return jax.lax.pmin(jnp.where(is_largest, own + first_column(z, axes), jnp.iinfo(jnp.int32).max), axes)
+
+
+def label_log_probs(
+    student: Float[Array, "C V"],
+    labels: Int[Array, " C"],
+    scale: Float[Array, " C"],
+    gradient_dtype: jnp.dtype | None,
+    shards: VocabularyShards | None = None,
+    place: Place | None = None,
+) -> tuple[Float[Array, " C"], Float[Array, "_ V"] | None]:
+    """log softmax(student)[label] of each row, and the gradient of their sum weighed by ``scale``."""
+    axes = () if shards is None else shards.axes
+    if shards is not None:
+        labels = own_labels(student, labels, axes)
+        student = own_columns(student, shards.student, axes)
+    log_q = log_softmax(student, axes)
+    values = at_label(log_q, labels, axes)
+    if gradient_dtype is None:
+        return values, None
+    return values, placed(hard_gradient(log_q, labels, -scale).astype(gradient_dtype), place)
 
 
 def hard_gradient(

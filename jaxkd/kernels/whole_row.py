@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from jaxkd.kernels.reference import align, at_label
 from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult
 from jaxkd.logits import Place, placed
+from jaxkd.loop.collectives import vary_like
 
 
 def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None) -> RowResult:
@@ -29,7 +30,7 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
         else:
             loss, pullback = jax.vjp(function, rows.student)
             losses.append(loss)
-            gradient = gradient + jnp.where(scale[:, None] == 0, 0, pullback(scale)[0])
+            gradient = gradient + jnp.where(scale[:, None] == 0, 0, pullback(vary_like(scale, loss))[0])
     soft_loss, hard_loss = jnp.maximum(losses[0], 0), losses[1]  # only rounding takes it below 0
     if options.gradient_dtype is None:
         return soft_loss, hard_loss, None

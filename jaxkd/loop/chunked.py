@@ -25,8 +25,16 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.logits.sources import Gradients, Source
 from jaxkd.loop.chunk_pass import ChunkPass, Plan, set_rows
-from jaxkd.loop.chunk_size import Chunks
-from jaxkd.loop.collectives import as_carry, as_primal, check_differentiable, differing, empty_like, in_step
+from jaxkd.loop.collectives import (
+    as_carry,
+    as_primal,
+    check_differentiable,
+    differing,
+    empty_like,
+    gather_chunk,
+    in_step,
+    own_rows,
+)
 from jaxkd.loop.flattening import map_over_mesh, spec, specs
 from jaxkd.loop.partitioning import ROWS, Partitioning
 from jaxkd.loop.row_loss import Counted, RowLoss, Sums, WeightedRowLoss
@@ -85,31 +93,24 @@ _sum_rows_compiled = jax.jit(_sum_rows, static_argnums=0)  # once a shape when c
 # Gradients recomputed in the backward pass.
 
 
-def map_rows(
-    loss: WeightedRowLoss, student: Source, is_counted: Counted, chunks: Chunks
-) -> dict[str, Float[Array, " N"]]:
+def map_rows(loss: WeightedRowLoss, student: Source, is_counted: Counted, plan: Plan) -> dict[str, Float[Array, " N"]]:
     """What ``loss`` gives for each row of the flat source ``student``, and 0 for one that does not count.
 
     Differentiable and read as in `sum_rows`; memory is the same, in the backward pass too: no chunk is kept for it.
     """
-    return _map_rows_compiled(Plan(chunks), is_counted, loss, student)
+    return _map_rows_compiled(plan, is_counted, loss, student)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _map_rows(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
-    student = student.prepared()
-
-    def chunk(values: dict[str, jax.Array], index: Int[Array, " C"], _: Any) -> dict[str, jax.Array]:
-        rows, _ = loss.take(index)(student.take(index).logits(), None, None)
-        return {name: set_rows(values[name], index, x) for name, x in rows.items()}
-
-    values = {name: jnp.zeros(student.leading_shape, student.dtype) for name in loss.names}
-    return _for_each_chunk(plan.chunks.piece, is_counted, student, plan.partitioning, chunk, values)
+    rows = spec(plan.partitioning, (ROWS,))
+    return _on_mesh(plan, partial(_values, plan), dict.fromkeys(loss.names, rows), is_counted, loss, student)
 
 
 def _map_rows_forward(plan: Plan, *arguments: Any) -> tuple[dict[str, jax.Array], Any]:
     is_counted, loss, student = primals = custom_vjp_primal_tree_values(arguments)
     _reject_gradient("loss", arguments[1])
+    check_differentiable(plan.partitioning)
     # An empty array marks a field that is not wanted, for the reason above.
     marks = {name: jnp.zeros((int(name in _perturbed(arguments[2])),)) for name in vars(student)}
     return _map_rows(plan, is_counted, loss, student), (primals, marks)
@@ -122,7 +123,7 @@ def _map_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
         return None, None, None
     wanted = frozenset(name for name, mark in marks.items() if mark.size)
     one = jnp.ones((), student.dtype)
-    _, gradients = _loop(plan, is_counted, loss.weighted(upstream), student, one, wanted)
+    _, gradients = _loop_on_mesh(plan, is_counted, loss.weighted(upstream), student, one, wanted)
     finished: dict[str, Any] = {
         name: as_primal(gradients[name], x).astype(jnp.result_type(x)) if name in wanted else None
         for name, x in vars(student).items()
@@ -134,27 +135,47 @@ _map_rows.defvjp(_map_rows_forward, _map_rows_backward, symbolic_zeros=True)
 _map_rows_compiled = jax.jit(_map_rows, static_argnums=0)
 
 
+def _values(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
+    partitioning = plan.partitioning
+    student = student.prepared()
+
+    def chunk(values: dict[str, jax.Array], index: Int[Array, " C"], _: Any) -> dict[str, jax.Array]:
+        own_student, own_loss = (gather_chunk(partitioning, x.take(index)) for x in (student, loss))
+        rows, _ = own_loss(own_student.logits(), None, None)
+        return {name: set_rows(values[name], index, own_rows(partitioning, x)) for name, x in rows.items()}
+
+    values = {name: jnp.zeros(student.leading_shape, student.dtype) for name in loss.names}
+    return _for_each_chunk(plan.chunks.piece, is_counted, student, partitioning, chunk, values)
+
+
 # The loop.
+
+
+def _on_mesh(
+    plan: Plan, function: Callable[..., Any], out_specs: Any, is_counted: Counted, loss: Any, student: Any, *rest: Any
+) -> Any:
+    """``function`` of flat arrays, on each device of the mesh where the arrays are not shards already."""
+    partitioning = plan.partitioning
+    if not partitioning.is_mapped:
+        return function(is_counted, loss, student, *rest)
+    in_specs = spec(partitioning, (ROWS,)), specs(partitioning, loss), specs(partitioning, student)
+    # Autodiff stays outside: what `check_vma` would see to is done by `collectives`, and the kernels do without it.
+    return map_over_mesh(
+        partitioning,
+        function,
+        in_specs=(*in_specs, *(spec(partitioning, ()) for _ in rest)),
+        out_specs=out_specs,
+        check_vma=False,
+    )(is_counted, loss, student, *rest)
 
 
 def _loop_on_mesh(
     plan: Plan, is_counted: Counted, loss: Any, student: Any, normalizer: Any, wanted: frozenset[str]
 ) -> tuple[Sums, Gradients]:
-    """The loop, on each device of the mesh where the arrays are not shards already."""
-    partitioning = plan.partitioning
+    gradients = {name: spec(plan.partitioning, student.DIMS.get(name, ())) for name in wanted}
+    sums = dict.fromkeys(loss.names, spec(plan.partitioning, ()))
     loop = partial(_loop, plan, wanted=wanted)
-    if not partitioning.is_mapped:
-        return loop(is_counted, loss, student, normalizer)
-    rows, one = spec(partitioning, (ROWS,)), spec(partitioning, ())
-    gradients = {name: spec(partitioning, student.DIMS.get(name, ())) for name in wanted}
-    # Autodiff stays outside: what `check_vma` would see to is done by `collectives`, and the kernels do without it.
-    return map_over_mesh(
-        partitioning,
-        loop,
-        in_specs=(rows, specs(partitioning, loss), specs(partitioning, student), one),
-        out_specs=(dict.fromkeys(loss.names, one), gradients),
-        check_vma=False,
-    )(is_counted, loss, student, normalizer)
+    return _on_mesh(plan, loop, (sums, gradients), is_counted, loss, student, normalizer)
 
 
 def _loop(

@@ -36,6 +36,15 @@ def scatter_to_own_rows(partitioning: Partitioning, gradient: jax.Array, dims: D
     return psum(gradient, tuple(x for x in partitioning.vocabulary if x not in gathered and x not in varying(primal)))
 
 
+def own_rows(partitioning: Partitioning, x: jax.Array) -> jax.Array:
+    """Of numbers of the rows of a gathered chunk, those of a device's own rows."""
+    gathered = partitioning.gathered
+    if not gathered:
+        return x
+    size = x.shape[0] // partitioning.gather_size
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(gathered) * size, size)
+
+
 def in_step(partitioning: Partitioning, count: jax.Array) -> jax.Array:
     """The largest ``count`` of the devices that gather from one another, for they have to keep in step."""
     gathered = partitioning.gathered
@@ -91,6 +100,11 @@ def is_checked() -> bool:
     """Whether this is inside of a shard_map with ``check_vma``."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
     return bool(axes) and bool(varying(jax.lax.axis_index(axes[0])))
+
+
+def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """``x`` free to differ wherever ``like`` does: what a cotangent of it has to be."""
+    return _vary(x, varying(like))
 
 
 def as_primal(cotangent: jax.Array, primal: jax.Array) -> jax.Array:

@@ -13,13 +13,14 @@ from jax.sharding import PartitionSpec as P
 from jaxkd.loop.partitioning import ROWS, VOCABULARY, Dims, Partitioning
 
 
-def check_sources(partitioning: Partitioning, student: Any, teacher: Any) -> None:
+def splits_vocabulary(source: Any) -> bool:
+    """Whether a device can have a part of its columns."""
+    return any(VOCABULARY in dims for dims in source.DIMS.values())
+
+
+def check_sources(partitioning: Partitioning, student: Any, teacher: Any = None) -> None:
     """Raises an error for sources that cannot be split so."""
-    if partitioning.vocabulary and not any(VOCABULARY in dims for dims in getattr(teacher, "DIMS", {}).values()):
-        raise ValueError(
-            f"`sharding` splits the vocabulary, which a {type(teacher).__name__} as `teacher` does not support; leave "
-            "`vocabulary` out of `sharding` to split the rows"
-        )
+    teacher = student if teacher is None else teacher
     for name, source in (("student", student), ("teacher", teacher)):
         if partitioning.gathered and source.DIMS[source.ROWS][-1] == VOCABULARY:
             raise ValueError(
@@ -33,12 +34,18 @@ def check_sources(partitioning: Partitioning, student: Any, teacher: Any) -> Non
         )
 
 
-def on_auto_axes(partitioning: Partitioning, function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)``, which returns scalars; within, no axis of the mesh is of type Explicit."""
+def on_auto_axes(
+    partitioning: Partitioning, function: Callable[..., Any], *arguments: Any, gives_rows: bool = False
+) -> Any:
+    """``function(*arguments)``, within which no axis of the mesh is of type Explicit.
+
+    It returns scalars, or arrays with the leading axes of the rows if it ``gives_rows``.
+    """
     mesh = partitioning.mesh
     if partitioning.is_manual or mesh is None or AxisType.Explicit not in mesh.axis_types:
         return function(*arguments)
-    out_sharding = NamedSharding(_mesh_to_map(partitioning), P())
+    spec = P(*(axes or None for axes in partitioning.rows)) if gives_rows else P()
+    out_sharding = NamedSharding(_mesh_to_map(partitioning), spec)
     function = jax.sharding.auto_axes(function, axes=mesh.axis_names, out_sharding=out_sharding)
     return jax.jit(function)(*arguments)
 
@@ -81,15 +88,45 @@ def _axes_of_rows(partitioning: Partitioning, depth: int) -> tuple[Any, ...]:
     return partitioning.rows + ((),) * (depth - len(partitioning.rows))
 
 
-def flat_sources(partitioning: Partitioning, student: Any, teacher: Any, truncate: bool) -> tuple[Any, Any]:
+def flat_sources(
+    partitioning: Partitioning, student: Any, teacher: Any = None, truncate: bool = True
+) -> tuple[Any, Any]:
     """Both with one leading axis, filled up so that all devices have as many rows and the same columns of both.
 
     The width is that of the wider vocabulary, or the student's if the teacher may be truncated to it.
     """
+    if teacher is None:
+        return flat_tree(partitioning, student, student.leading_shape), None
     if not partitioning.is_mapped:
         return student.flat(), teacher.flat()
     width = student.vocabulary if truncate else max(student.vocabulary, teacher.vocabulary)
     return _flat_source(partitioning, student, width), _flat_source(partitioning, teacher, width)
+
+
+def flat_tree(partitioning: Partitioning, tree: Any, leading_shape: tuple[int, ...]) -> Any:
+    """A tree of sources and arrays with these leading axes: the same for each, widths as they are."""
+
+    def flat(x: Any) -> Any:
+        if _has_dims(x):
+            return _flat_source(partitioning, x, x.vocabulary) if partitioning.is_mapped else x.flat()
+        x = jnp.asarray(x)
+        if partitioning.is_mapped:
+            return _flat_array(partitioning, x, (ROWS,), len(leading_shape))
+        return jnp.reshape(x, (-1, *x.shape[len(leading_shape) :]))
+
+    return jax.tree.map(flat, tree, is_leaf=_has_dims)
+
+
+def with_leading_axes(partitioning: Partitioning, x: jax.Array, leading_shape: tuple[int, ...]) -> jax.Array:
+    """Numbers of flat rows (N,), in the shape that the rows came in."""
+    if not partitioning.is_mapped:
+        return jnp.reshape(x, leading_shape)
+    filled = _filled(partitioning, leading_shape)
+    axes = _axes_of_rows(partitioning, len(leading_shape))
+    own = tuple(n // partitioning.size(a) for n, a in zip(filled, axes, strict=True))
+    before, after = P(partitioning.row_axes or None), P(*(a or None for a in axes))
+    x = map_over_mesh(partitioning, lambda x: jnp.reshape(x, own), before, after)(x)
+    return x[tuple(slice(n) for n in leading_shape)] if filled != leading_shape else x
 
 
 def _flat_source(partitioning: Partitioning, source: Any, width: int) -> Any:
@@ -106,9 +143,10 @@ def _flat_source(partitioning: Partitioning, source: Any, width: int) -> Any:
 
 def flat_rows(partitioning: Partitioning, x: Any, fill: Any) -> Any:
     """The same for labels and weights, or None."""
-    if not partitioning.is_mapped or x is None:
-        return x
-    return _flat_array(partitioning, jnp.asarray(x), (ROWS,), jnp.ndim(x), fill)
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    return _flat_array(partitioning, x, (ROWS,), x.ndim, fill) if partitioning.is_mapped else jnp.reshape(x, -1)
 
 
 def _flat_array(partitioning: Partitioning, x: jax.Array, dims: Dims, depth: int, fill: Any = 0) -> jax.Array:

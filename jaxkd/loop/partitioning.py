@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 ROWS, VOCABULARY = "rows", "vocabulary"  # what sources and row losses call the axes of their arrays in `DIMS`
 Axes = tuple[str, ...]
@@ -116,19 +116,32 @@ class Partitioning:
 ONE_DEVICE = Partitioning()
 
 
-def partitioning_of(sharding: Sharding | None, leading_rank: int) -> Partitioning:
-    """``sharding`` checked against its mesh, for arrays with so many leading axes.
+def partitioning_of(sharding: Sharding | None, student: Any, needs_whole_rows: str | None = None) -> Partitioning:
+    """``sharding`` checked against its mesh and the student's leading axes; None is what the student's types say.
+
+    Args:
+      needs_whole_rows: what cannot do with a part of the vocabulary on each device, if there is such a thing.
 
     Raises:
       TypeError, ValueError: axes that do not exist or do not fit, and what to do.
     """
+    leading_rank = len(student.leading_shape)
     if sharding is None:
-        return ONE_DEVICE
+        sharding = _sharding_of_types(student)
+        if sharding is None:
+            return ONE_DEVICE
+        if needs_whole_rows:
+            sharding = replace(sharding, vocabulary=())
     if not isinstance(sharding, Sharding):
         raise TypeError(f"`sharding` is {sharding!r}; give a jaxkd.Sharding or None")
     rows = tuple(_as_axes("rows", x) for x in _entries(sharding.rows))
     vocabulary = _as_axes("vocabulary", sharding.vocabulary)
     mesh = _mesh_of(sharding)
+    if vocabulary and needs_whole_rows:
+        raise ValueError(
+            f"`sharding` splits the vocabulary, and {needs_whole_rows} needs whole rows of logits; leave `vocabulary` "
+            "out of `sharding` to split the rows"
+        )
     partitioning = Partitioning(rows, vocabulary, mesh)
     for name, axes in (("rows", partitioning.row_axes), ("vocabulary", vocabulary)):
         if unknown := [axis for axis in axes if axis not in mesh.shape]:
@@ -151,6 +164,33 @@ def partitioning_of(sharding: Sharding | None, leading_rank: int) -> Partitionin
             f"`sharding` names {missing[0]!r}, which is not manual in this shard_map as {min(manual)!r} is; make it so"
         )
     return replace(partitioning, is_manual=True)
+
+
+def _sharding_of_types(student: Any) -> Sharding | None:
+    """What the types of the student's arrays say on a mesh with Explicit axes; None where they say nothing."""
+    array = getattr(student, student.ROWS)
+    if not isinstance(array, jax.Array):
+        return None
+    mesh = jax.typeof(array).sharding.mesh
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    if not explicit:
+        return None
+    if not isinstance(array, jax.core.Tracer):
+        mesh = array.sharding.mesh  # type: ignore[attr-defined]  # which knows its devices
+
+    def axes_of(x: Any, dimension: int) -> Axes:
+        entry = jax.typeof(x).sharding.spec[dimension] if isinstance(x, jax.Array) else None
+        return tuple(axis for axis in _as_axes("rows", entry) if axis in explicit)
+
+    rows = tuple(axes_of(array, i) for i in range(len(student.leading_shape)))
+    vocabulary: list[str] = []
+    for name, dims in student.DIMS.items():
+        if VOCABULARY in dims and getattr(student, name) is not None:
+            # A head that is split over D is turned: it becomes split over V.
+            split = range(len(dims)) if ROWS not in dims else [-1]
+            found = [axis for i in split for axis in axes_of(getattr(student, name), i)]
+            vocabulary += [axis for axis in found if axis not in vocabulary]
+    return Sharding(rows, tuple(vocabulary), mesh)
 
 
 def _entries(rows: Any) -> tuple[Any, ...]:

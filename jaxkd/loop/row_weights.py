@@ -1,13 +1,14 @@
 """Which rows count and how much, and what is returned beside a loss."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxkd.logits.sources import Source
 from jaxkd.loop.collectives import total_of_own
-from jaxkd.loop.partitioning import ONE_DEVICE, Partitioning
+from jaxkd.loop.flattening import flat_rows, has_filling
+from jaxkd.loop.partitioning import Partitioning
 
 Metrics = dict[str, jax.Array]
 
@@ -23,36 +24,34 @@ class CountedRows(NamedTuple):
 
 
 def count_rows(
-    student: Source,
+    partitioning: Partitioning,
+    leading_shape: tuple[int, ...],
+    vocabulary: int,
+    dtype: jnp.dtype,
+    *,
     labels: Any = None,
     weights: Any = None,
     normalizer: Any = None,
     ignore_index: int = -100,
-    *,
-    vocabulary: int | None = None,
-    partitioning: Partitioning = ONE_DEVICE,
 ) -> CountedRows:
-    """``student`` is flat; labels and weights have its leading shape from before.
-
-    ``vocabulary`` is the student's where its arrays have another width, as shards do.
-    """
-    (num_rows,), dtype = student.leading_shape, student.dtype
-    vocabulary = vocabulary or student.vocabulary
-    row_weights = jnp.ones(num_rows, dtype) if weights is None else jnp.reshape(jnp.asarray(weights, dtype), -1)
-    row_labels = None
+    """Labels and weights come with the leading axes of a student of so many tokens; a row of filling counts never."""
+    num_rows = math.prod(leading_shape)
+    if weights is None and has_filling(partitioning, leading_shape):
+        weights = jnp.ones(leading_shape, dtype)
+    flat_labels, flat_weights = flat_rows(partitioning, labels, ignore_index), flat_rows(partitioning, weights, 0)
+    row_weights = jnp.ones(num_rows, dtype) if flat_weights is None else jnp.asarray(flat_weights, dtype)
     num_counted = jnp.asarray(num_rows, dtype)
-    if labels is not None:
-        row_labels = jnp.reshape(jnp.asarray(labels), -1)
-        if row_labels.dtype != jnp.int64:
-            row_labels = row_labels.astype(jnp.int32)  # from a narrow or unsigned type, so that V and -100 fit
-        is_labelled = row_labels != ignore_index
+    if flat_labels is not None:
+        if flat_labels.dtype != jnp.int64:
+            flat_labels = flat_labels.astype(jnp.int32)  # from a narrow or unsigned type, so that V and -100 fit
+        is_labelled = flat_labels != ignore_index
         num_counted = jnp.sum(is_labelled, dtype=dtype)
-        is_outside = is_labelled & ((row_labels < 0) | (row_labels >= vocabulary))
+        is_outside = is_labelled & ((flat_labels < 0) | (flat_labels >= vocabulary))
         row_weights = jnp.where(is_outside, jnp.nan, jnp.where(is_labelled, row_weights, 0))
     if normalizer is None:
         normalizer = total_of_own(partitioning, jnp.sum(row_weights))
     return CountedRows(
-        labels=row_labels,
+        labels=flat_labels,
         weights=row_weights,
         is_counted=None if labels is None and weights is None else row_weights != 0,
         num_rows=total_of_own(partitioning, num_counted),

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxkd.logits import LinearLogits, Logits, Place, Source, placed, take_rows
-from jaxkd.loop import Metrics, Plan, count_rows, metrics_of, rows_of_chunk, sum_rows, weighted
+from jaxkd.loop import Metrics, Plan, Sharding, count_rows, metrics_of, rows_of_chunk, sum_rows, weighted
 from jaxkd.loop.checks import check_row_arguments, check_source
+from jaxkd.loop.collectives import vary_like
+from jaxkd.loop.flattening import flat_tree, on_auto_axes
+from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
 
 RowFunction = Callable[..., Any]
 
@@ -27,6 +31,7 @@ def chunked_loss(
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
     chunk_size: int | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """A loss of your own over rows of logits that are never formed all at once.
 
@@ -47,6 +52,7 @@ def chunked_loss(
         chunk's rows, (C, Vt); an array (..., *rest) with the student's leading axes as its rows, (C, *rest).
       shared: a pytree of arrays that reaches the function as it is: temperatures, tables.
       ignore_index, weights, normalizer, chunk_size: as in `distillation_loss`.
+      sharding: as in `distillation_loss`; it may split rows, not the vocabulary, of which the function sees all.
 
     ``per_row``, ``shared`` and ``weights`` are constants: asking for their gradient raises an error. A teacher that
     depends on what is trained goes through `jax.lax.stop_gradient`.
@@ -91,15 +97,41 @@ def chunked_loss(
         is_leaf=_is_source,
     )
 
-    depth = len(student.leading_shape)
-    student = student.flat()
-    per_row = jax.tree.map(lambda x: _flat(x, depth), per_row, is_leaf=_is_source)
+    partitioning = partitioning_of(sharding, student, needs_whole_rows="`function`")
+    of_arrays = partial(_loss_of_arrays, function, partitioning, ignore_index, chunk_size)
+    return on_auto_axes(partitioning, of_arrays, student, labels, per_row, shared, weights, normalizer)
+
+
+def _loss_of_arrays(
+    function: RowFunction,
+    partitioning: Partitioning,
+    ignore_index: int,
+    chunk_size: int | None,
+    student: Any,
+    labels: Any,
+    per_row: Any,
+    shared: Any,
+    weights: Any,
+    normalizer: Any,
+) -> tuple[jax.Array, Metrics]:
+    leading_shape = student.leading_shape
+    student, per_row = flat_tree(partitioning, (student, per_row), leading_shape)
+    per_row = jax.tree.map(lambda x: x.prepared() if _is_source(x) else x, per_row, is_leaf=_is_source)
     teachers = [x for x in jax.tree.leaves(per_row, is_leaf=_is_source) if _is_source(x)]
-    chunks = rows_of_chunk(chunk_size, student, *teachers)
-    rows = count_rows(student, labels, weights, normalizer, ignore_index)
+    chunks = rows_of_chunk(chunk_size, student, *teachers, partitioning=partitioning)
+    rows = count_rows(
+        partitioning,
+        leading_shape,
+        student.vocabulary,
+        student.dtype,
+        labels=labels,
+        weights=weights,
+        normalizer=normalizer,
+        ignore_index=ignore_index,
+    )
     loss = FunctionLoss(function, rows.labels, rows.weights, per_row, jax.tree.map(jnp.asarray, shared))
     loss = replace(loss, metrics=names_of_metrics(loss, student, chunks.piece))
-    sums = sum_rows(loss, student, rows.is_counted, rows.normalizer, Plan(chunks))
+    sums = sum_rows(loss, student, rows.is_counted, rows.normalizer, Plan(chunks, partitioning))
     metrics = {name: sums[name] for name in loss.metrics} | {"num_rows": rows.num_rows}
     return sums["loss"], metrics_of(metrics)
 
@@ -115,6 +147,7 @@ class FunctionLoss:
     per_row: Any = ()
     shared: Any = ()
     metrics: tuple[str, ...] = field(default=(), metadata={"static": True})
+    DIMS: ClassVar = {"labels": (ROWS,), "weights": (ROWS,), "per_row": (ROWS,)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,7 +175,7 @@ class FunctionLoss:
             gradient = None
         else:
             loss, pullback, metrics = jax.vjp(self.rows, logits, has_aux=True)
-            (gradient,) = pullback(self.weights)
+            (gradient,) = pullback(vary_like(self.weights, loss))
             gradient = placed(jnp.where(self.weights[:, None] == 0, 0, gradient).astype(gradient_dtype), place)
         return {name: weighted(self.weights, x) for name, x in {"loss": loss, **metrics}.items()}, gradient
 
@@ -158,10 +191,6 @@ class FunctionLoss:
 
 def _is_source(x: Any) -> bool:
     return isinstance(x, (LinearLogits, Logits))
-
-
-def _flat(x: Any, depth: int) -> Any:
-    return x.flat().prepared() if _is_source(x) else jnp.reshape(jnp.asarray(x), (-1, *jnp.shape(x)[depth:]))
 
 
 def _check_per_row(name: str, x: Any, rows: tuple[int, ...], student: str) -> None:

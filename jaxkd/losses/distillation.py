@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.divergences import AnyDivergence, check_divergence, forward_kl, jensen_shannon
+from jaxkd.divergences import AnyDivergence, Divergence, check_divergence, forward_kl, jensen_shannon
 from jaxkd.kernels import Chunk, ChunkRows, RowLosses, RowOptions, VocabularyShards, row_losses_for
 from jaxkd.logits import LinearLogits, Place, Source, take_rows
 from jaxkd.loop import Metrics, Plan, Sharding, count_rows, metrics_of, rows_of_chunk, sum_rows, weighted
 from jaxkd.loop.checks import check_row_arguments, check_same_rows, check_scalar, check_source, check_vocabulary
-from jaxkd.loop.flattening import check_sources, flat_rows, flat_sources, has_filling, on_auto_axes
+from jaxkd.loop.flattening import check_sources, flat_sources, on_auto_axes, splits_vocabulary
 from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
 from jaxkd.teachers import Teacher, TeacherRows, check_teacher, rows_of
 
@@ -229,8 +229,13 @@ def _distillation_loss(
     student: Source, teacher: Teacher, arguments: _Arguments, prefixes: tuple[str, str]
 ) -> tuple[jax.Array, Metrics]:
     arguments.check(student, teacher, prefixes)
-    partitioning = partitioning_of(arguments.sharding, len(student.leading_shape))
     rows = rows_of(teacher, arguments.temperature)
+    needs_whole_rows = None
+    if not isinstance(arguments.divergence, Divergence):
+        needs_whole_rows = "this `divergence`"
+    elif not splits_vocabulary(rows):
+        needs_whole_rows = f"a {type(teacher).__name__} as `teacher`"
+    partitioning = partitioning_of(arguments.sharding, student, needs_whole_rows)
     check_sources(partitioning, student, rows)
     function = partial(_loss_of_arrays, partitioning=partitioning, options=arguments.row_options())
     return on_auto_axes(partitioning, function, student, rows, arguments)
@@ -239,10 +244,8 @@ def _distillation_loss(
 def _loss_of_arrays(
     student: Any, teacher: Any, arguments: _Arguments, *, partitioning: Partitioning, options: RowOptions
 ) -> tuple[jax.Array, Metrics]:
-    labels = arguments.labels
+    leading_shape = student.leading_shape
     widths = partitioning.whole_width(student.vocabulary), partitioning.whole_width(teacher.vocabulary)
-    if has_filling(partitioning, student.leading_shape) and labels is None:
-        labels = jnp.zeros(student.leading_shape, jnp.int32)
     if partitioning.vocabulary:
         options = replace(options, shards=VocabularyShards(partitioning.vocabulary, *widths))
     student, teacher = flat_sources(partitioning, student, teacher, truncate=options.vocabulary == "truncate")
@@ -258,13 +261,14 @@ def _loss_of_arrays(
     )
     divergence = jax.tree.map(lambda x: jnp.asarray(x, dtype), arguments.divergence)
     rows = count_rows(
-        student,
-        flat_rows(partitioning, labels, fill=arguments.ignore_index),
-        flat_rows(partitioning, arguments.weights, fill=0),
-        arguments.normalizer,
-        arguments.ignore_index,
-        vocabulary=widths[0],
-        partitioning=partitioning,
+        partitioning,
+        leading_shape,
+        widths[0],
+        dtype,
+        labels=arguments.labels,
+        weights=arguments.weights,
+        normalizer=arguments.normalizer,
+        ignore_index=arguments.ignore_index,
     )
     loss = _RowLoss(
         teacher=teacher,

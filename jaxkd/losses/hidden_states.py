@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkd.divergences import RowDivergence, cosine_distance, mse
-from jaxkd.logits import LinearLogits, Logits, logits_dtype
-from jaxkd.loop import Metrics
-from jaxkd.loop.checks import check_floating, check_integer, check_labels, check_weights
+from jaxkd.logits import LinearLogits, Logits
+from jaxkd.loop import Metrics, Sharding
+from jaxkd.loop.checks import check_floating, check_integer, check_labels
 from jaxkd.losses.chunked_losses import chunked_loss
 
 
@@ -23,6 +23,7 @@ def hidden_cosine(
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
     chunk_size: int | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """1 - cos of the student's hidden state, projected, and the teacher's, over the rows that count.
 
@@ -39,6 +40,7 @@ def hidden_cosine(
       projection: W, (Dt, D), which gets a gradient; a Flax ``Linear.kernel`` is (D, Dt): pass ``kernel.T``. None needs
         D = Dt.
       ignore_index, weights, normalizer, chunk_size: as in `distillation_loss`.
+      sharding: as in `distillation_loss`; it may split rows.
 
     Returns:
       The loss, a float32 scalar (float64 for float64), and metrics ``{"num_rows"}``: the rows that count.
@@ -63,6 +65,7 @@ def hidden_cosine(
         weights=weights,
         normalizer=normalizer,
         chunk_size=chunk_size,
+        sharding=sharding,
     )
 
 
@@ -76,6 +79,7 @@ def hidden_mse(
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
     chunk_size: int | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The mean over the teacher's width of the squared difference of hidden states, over the rows that count.
 
@@ -100,6 +104,7 @@ def hidden_mse(
         weights=weights,
         normalizer=normalizer,
         chunk_size=chunk_size,
+        sharding=sharding,
     )
 
 
@@ -114,29 +119,31 @@ def _hidden_loss(
     weights: Any,
     normalizer: Any,
     chunk_size: int | None,
+    sharding: Sharding | None,
 ) -> tuple[jax.Array, Metrics]:
     _check_hidden(student_hidden, teacher_hidden, projection)
-    rows = jnp.shape(student_hidden)[:-1]
-    if weights is not None:
-        check_weights(weights, rows, "student_hidden")
-    check_integer("ignore_index", ignore_index)
     if labels is not None:
-        check_labels(labels, rows, "student_hidden")
-        counts = jnp.asarray(labels) != ignore_index
-        dtype = logits_dtype(student_hidden)
-        weights = jnp.where(counts, 1 if weights is None else jnp.asarray(weights, dtype), 0).astype(dtype)
+        check_integer("ignore_index", ignore_index)
+        check_labels(labels, jnp.shape(student_hidden)[:-1], "student_hidden")
+        labels = jnp.where(jnp.asarray(labels) == ignore_index, -100, 0)
 
     # A projected hidden state is a row of "logits" of width Dt.
     student = Logits(student_hidden) if projection is None else LinearLogits(student_hidden, projection)
     teacher = jax.lax.stop_gradient(Logits(teacher_hidden))
-    options = {"weights": weights, "normalizer": normalizer, "chunk_size": chunk_size}
-    loss, metrics = chunked_loss(_of_rows, student, per_row=teacher, shared=divergence, **options)
-    if labels is not None:
-        metrics["num_rows"] = jnp.sum(counts, dtype=jnp.float32)
-    return loss, metrics
+    return chunked_loss(
+        _of_rows,
+        student,
+        labels,
+        per_row=teacher,
+        shared=divergence,
+        weights=weights,
+        normalizer=normalizer,
+        chunk_size=chunk_size,
+        sharding=sharding,
+    )
 
 
-def _of_rows(student: jax.Array, labels: None, teacher: jax.Array, divergence: RowDivergence) -> jax.Array:
+def _of_rows(student: jax.Array, labels: Any, teacher: jax.Array, divergence: RowDivergence) -> jax.Array:
     return divergence(teacher, student)
 
 

@@ -1,0 +1,226 @@
+"""Every loss of rows over every layout of eight virtual CPU devices, held to one device. `test_sharding.py` runs this
+file in its own process: XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/loop/layouts.py
+"""
+
+from functools import partial
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxkd
+
+if len(jax.devices()) < 8:
+    pytest.skip("needs 8 devices", allow_module_level=True)
+
+B, T, D, D_TEACHER, V, CHUNK = 8, 6, 16, 24, 40, 2
+
+
+def mesh_of(shape, names, kind):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+def arrays():
+    """(B, T) rows of which some do not count, the first ones all do, so that devices have different numbers."""
+    student = cases.head(0, (B, T), D, V, bias=True).astype(jnp.float32)
+    teacher = cases.head(1, (B, T), D_TEACHER, V, bias=True).astype(jnp.float32)
+    labels = cases.some_labels(2, (B, T), V, ignored=0.0)
+    labels.reshape(-1)[labels.size // 3 :: 2] = -100
+    weights = np.random.default_rng(3).uniform(0.5, 2.0, (B, T)).astype(np.float32)
+    upstream = np.random.default_rng(4).normal(size=(B, T)).astype(np.float32)
+    return {
+        "hidden": student.hidden,
+        "weight": student.weight,
+        "bias": student.bias,
+        "teacher_hidden": teacher.hidden,
+        "teacher_weight": teacher.weight,
+        "labels": jnp.asarray(labels),
+        "weights": jnp.asarray(weights),
+        "upstream": jnp.asarray(upstream),
+    }
+
+
+DIFFERENTIATED = ("hidden", "weight", "bias")
+
+
+def models(x):
+    student = jaxkd.LinearLogits(x["hidden"], x["weight"], x["bias"])
+    return student, jaxkd.LinearLogits(x["teacher_hidden"], x["teacher_weight"])
+
+
+def squares(logits, labels, per_row, shared):
+    teacher, factor = per_row
+    value = factor * jnp.mean((logits - teacher) ** 2, axis=1)
+    return value, {"largest": jnp.max(logits, axis=1)}
+
+
+# Each gives a scalar that is differentiated, and numbers that only have to be the same. `total` makes of a sum over the
+# rows of a device the sum over all.
+
+
+def distillation(divergence, x, total, **options):
+    student, teacher = models(x)
+    return jaxkd.distillation_loss(
+        student, teacher, x["labels"], divergence=divergence, hard_weight=0.5, weights=x["weights"], **options
+    )
+
+
+def all_rows(x, total, **options):
+    student, teacher = models(x)
+    return jaxkd.distillation_loss(student, teacher, divergence=jaxkd.jensen_shannon(), **options)
+
+
+def log_probs(x, total, **options):
+    values = jaxkd.token_log_probs(models(x)[0], x["labels"], **options)
+    return total(jnp.sum(values * x["upstream"])), {"rows": values}
+
+
+def statistics(x, total, **options):
+    student, teacher = models(x)
+    return total(0.0 * jnp.sum(x["hidden"])), jaxkd.token_statistics(
+        student, x["labels"], teacher, divergence=jaxkd.reverse_kl, **options
+    )
+
+
+def own(labelled, x, total, **options):
+    student, teacher = models(x)
+    chosen = (x["labels"],) if labelled else ()
+    return jaxkd.chunked_loss(squares, student, *chosen, per_row=(teacher, x["weights"]), **options)
+
+
+def hidden(loss, labelled, x, total, **options):
+    labels = x["labels"] if labelled else None
+    return loss(x["hidden"], x["teacher_hidden"][..., :D], labels, **options)
+
+
+def projected(loss, x, total, **options):
+    return loss(x["hidden"], x["teacher_hidden"], x["labels"], projection=x["weight"][:D_TEACHER], **options)
+
+
+SUMS = {  # over tokens: the vocabulary may be split
+    "jensen_shannon": partial(distillation, jaxkd.jensen_shannon(0.3)),
+    "all_rows": all_rows,
+    "token_log_probs": log_probs,
+    "token_statistics": statistics,
+}
+WHOLE = {
+    "cosine_distance": partial(distillation, jaxkd.cosine_distance),
+    "chunked_loss": partial(own, True),
+    "chunked_loss_all_rows": partial(own, False),
+    "hidden_cosine": partial(hidden, jaxkd.hidden_cosine, True),
+    "hidden_mse_all_rows": partial(hidden, jaxkd.hidden_mse, False),
+    "hidden_mse_projected": partial(projected, jaxkd.hidden_mse),
+}
+
+# The mesh; the axes of B, of T and of the vocabulary.
+LAYOUTS = {
+    "rows": ((8,), ("data",), ("data",), (), ()),
+    "rows of both axes": ((4, 2), ("data", "sequence"), ("data",), ("sequence",), ()),
+    "vocabulary": ((8,), ("model",), (), (), ("model",)),
+    "rows and vocabulary": ((2, 4), ("data", "model"), ("data",), (), ("model",)),
+    "FSDP": ((4, 2), ("fsdp", "sequence"), ("fsdp",), ("sequence",), ("fsdp",)),
+}
+TABLE = [
+    (loss, layout) for layout, (*_, vocabulary) in LAYOUTS.items() for loss in (SUMS if vocabulary else SUMS | WHOLE)
+]
+
+
+def specs_of(batch, sequence, vocabulary):
+    rows = (batch or None, sequence or None)
+    of_head = P(vocabulary or None)
+    return {
+        "hidden": P(*rows),
+        "weight": of_head,
+        "bias": of_head,
+        "teacher_hidden": P(*rows),
+        "teacher_weight": of_head,
+        "labels": P(*rows),
+        "weights": P(*rows),
+        "upstream": P(*rows),
+    }
+
+
+def value_and_gradients(loss, total=lambda x: x, **options):
+    def of(x):
+        def scalar(trained):
+            return loss(x | trained, total, chunk_size=CHUNK, **options)
+
+        return jax.value_and_grad(scalar, has_aux=True)({name: x[name] for name in DIFFERENTIATED})
+
+    return of
+
+
+def assert_same(got, want):
+    for path, x in jax.tree_util.tree_leaves_with_path(want):
+        y = got
+        for key in path:
+            y = y[getattr(key, "key", getattr(key, "idx", None))]
+        scale = float(jnp.max(jnp.abs(x))) or 1.0
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(np.asarray(y), np.asarray(x), rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+def sharding_of(batch, sequence, vocabulary, mesh=None):
+    return jaxkd.Sharding(P(batch or None, sequence or None), vocabulary, mesh)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit", "own shard_map"])
+@pytest.mark.parametrize(("name", "layout"), TABLE)
+def test_layouts(name, layout, kind):
+    shape, names, *axes = LAYOUTS[layout]
+    loss, x = (SUMS | WHOLE)[name], arrays()
+    want = jax.jit(value_and_gradients(loss))(x)
+    mesh = mesh_of(shape, names, AxisType.Explicit if kind == "Explicit" else AxisType.Auto)
+    specs = specs_of(*axes)
+    placed = {key: jax.device_put(v, NamedSharding(mesh, specs[key])) for key, v in x.items()}
+    if kind == "Auto":
+        got = jax.jit(value_and_gradients(loss, sharding=sharding_of(*axes, mesh)))(placed)
+    elif kind == "Explicit":  # nothing is said
+        with jax.set_mesh(mesh):
+            got = jax.jit(value_and_gradients(loss))(placed)
+    else:
+        batch, sequence, vocabulary = axes
+        row_axes = tuple(dict.fromkeys((*batch, *sequence)))
+        of = value_and_gradients(
+            loss, lambda v: jax.lax.psum(v, row_axes) if row_axes else v, sharding=sharding_of(*axes)
+        )
+        of_rows = {"token_log_probs": {"rows": P(batch or None, sequence or None)}}
+        auxiliary = of_rows.get(name, P(batch or None, sequence or None) if name == "token_statistics" else P())
+        out_specs = ((P(), auxiliary), {key: specs[key] for key in DIFFERENTIATED})
+        got = jax.jit(jax.shard_map(of, mesh=mesh, in_specs=(specs,), out_specs=out_specs))(placed)
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize(("name", "layout"), [(n, "rows") for n in SUMS | WHOLE] + [(n, "vocabulary") for n in SUMS])
+def test_work_is_shared(name, layout):
+    """An eighth of the work and of the memory on a device, and no array of all rows, whole heads or logits."""
+    shape, names, *axes = LAYOUTS[layout]
+    loss = (SUMS | WHOLE)[name]
+    rows, width = (512, 8), 1024
+    head = {"weight": (width, D), "bias": (width,), "teacher_weight": (width, D_TEACHER)}
+    states = {"hidden": (*rows, D), "teacher_hidden": (*rows, D_TEACHER)}
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (head | states).items()}
+    shapes |= {name: jax.ShapeDtypeStruct(rows, jnp.float32) for name in ("weights", "upstream")}
+    shapes["labels"] = jax.ShapeDtypeStruct(rows, jnp.int32)
+    mesh, specs = mesh_of(shape, names, AxisType.Auto), specs_of(*axes)
+
+    def compiled(sharding):
+        def of(x):
+            def scalar(trained):
+                return loss(x | trained, lambda v: v, sharding=sharding, chunk_size=512 if sharding is None else None)
+
+            return jax.value_and_grad(scalar, has_aux=True)({name: x[name] for name in DIFFERENTIATED})
+
+        return of
+
+    one = jax.jit(compiled(None)).lower(shapes).compile()
+    placed = {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, specs[k])) for k, v in shapes.items()
+    }
+    many = jax.jit(compiled(sharding_of(*axes, mesh))).lower(placed).compile()
+    flops = [x.cost_analysis()["flops"] for x in (one, many)]
+    print(name, layout, flops, [x.memory_analysis().temp_size_in_bytes for x in (one, many)])
