@@ -37,6 +37,10 @@ except ImportError as error:  # deprecated in JAX 0.11
 NAMES = (None, "xla", "triton", "mosaic")
 
 
+class CannotRun(ValueError):
+    """The implementation that was named is not for this call; the message says why and which is."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """The shape of the logits of a chunk, as far as it decides what can run."""
@@ -54,7 +58,7 @@ def row_losses_for(
     """The function that computes the rows of a chunk; ``in_buckets`` if the teacher is of `jaxkd.kernels.bucketed`.
 
     Raises:
-      ValueError: an unknown name, or an implementation that cannot run this call, and why.
+      ValueError: an unknown name; `CannotRun`: an implementation that cannot run this call, and why.
     """
     if implementation not in NAMES:
         raise ValueError(f"`implementation` is {implementation!r}; give one of {NAMES}")
@@ -67,14 +71,14 @@ def row_losses_for(
     if only_xla:
         other = "divergence is a function of whole rows" if whole_rows else "teacher is compared by buckets of tokens"
         why = f"it sums a term of each token and this {other}"
-        raise ValueError(f'`implementation="{implementation}"` cannot run here: {why}; use "xla" or None')
+        raise CannotRun(f'`implementation="{implementation}"` cannot run here: {why}; use "xla" or None')
     if implementation is None:
         for name in ("mosaic", "triton"):
             if target_platform() == "cuda" and not obstacle(name, chunk):
                 return _on_cuda[name]
         return reference.row_losses
     if reason := obstacle(implementation, chunk):
-        raise ValueError(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
+        raise CannotRun(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
     return _kernels[implementation].row_losses
 
 
