@@ -2,30 +2,26 @@
 
 import math
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from comparison_params import by_turns
 
-import jaxkd
-from torch_bridge import comparisons_teachers, match_vocabularies, reference
-from torch_bridge.comparison import outcome
+from torch_bridge import reference
+from torch_bridge.parity import compare_teacher_kinds
+from torch_bridge.parity.comparison import compare
 
-CASES = comparisons_teachers.comparisons()
+CASES = compare_teacher_kinds.comparisons()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.loss}-{case.setting}-{case.dtype}")
-def test_errors_are_within_their_bounds(case):
-    result = outcome(case)
-    assert result.exception is None
-    assert result.passed, result.errors
+@pytest.mark.parametrize("comparison", by_turns(CASES))
+def test_comparison(comparison):
+    result = compare(comparison)
+    assert result.passed, result
 
 
 @pytest.mark.gpu
 def test_errors_are_within_their_bounds_on_a_gpu():
-    assert all(outcome(case).passed for case in comparisons_teachers.comparisons("cuda"))
+    assert all(compare(case).passed for case in compare_teacher_kinds.comparisons("cuda"))
 
 
 WRONG = {
@@ -45,7 +41,7 @@ def test_a_wrong_twin_is_told_apart(monkeypatch, kind, changes):
         return whole(student, teacher._replace(**changed), *arguments, **options)
 
     monkeypatch.setattr(reference, "distillation_loss", wrong)
-    result = outcome(next(case for case in CASES if case.loss == kind))
+    result = compare(next(case for case in CASES if case.loss == kind))
     assert result.exception is None
     assert not result.passed
 
@@ -72,26 +68,3 @@ def test_worked_numbers_of_the_twins():
     mapped = reference.VocabularyMap(teacher, torch.tensor([0, 2]), torch.tensor([1, 0]))
     loss = reference.distillation_loss(uniform, mapped, **options)[0]
     assert loss.item() == pytest.approx(0.2 * math.log(0.8) + 0.5 * math.log(2) + 0.3 * math.log(0.6), rel=1e-12)
-
-
-def tokenizer(tokens, decoder):
-    built = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
-    built.decoder = decoder
-    return PreTrainedTokenizerFast(tokenizer_object=built)
-
-
-def test_matched_vocabularies():
-    """A byte-level vocabulary and one with SentencePiece's marks: by the bytes that a token stands for."""
-    byte_level = tokenizer(["<s>", "Ġthe", "the", "Ċ", "Ã©", "Ġ", "only", "Â«"], decoders.ByteLevel())
-    pieces = tokenizer(["<s>", "the", "▁the", "<0x0A>", "é", "<0xC2>", "▁", "Ã©", "<0x20>"], decoders.Metaspace())
-    student_ids, teacher_ids = match_vocabularies(byte_level, pieces)
-    assert student_ids.tolist() == [0, 1, 2, 3, 4, 5]
-    assert teacher_ids.tolist() == [0, 2, 1, 3, 4, 6]
-    assert student_ids.dtype == teacher_ids.dtype == np.int32
-    student, teacher = (jaxkd.Logits(jnp.zeros((1, size))) for size in (8, 9))
-    assert jaxkd.distillation_loss(student, jaxkd.VocabularyMap(teacher, student_ids, teacher_ids))[0] > 0
-
-
-def test_nothing_in_common():
-    ids = match_vocabularies(tokenizer(["a", "b"], decoders.ByteLevel()), tokenizer(["c"], decoders.ByteLevel()))
-    assert [x.shape for x in ids] == [(0,), (0,)]

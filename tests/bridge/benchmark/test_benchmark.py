@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from torch_bridge import benchmark, benchmark_contenders
-from torch_bridge.benchmark_contenders import (
+from torch_bridge.benchmark import __main__ as benchmark
+from torch_bridge.benchmark import contenders
+from torch_bridge.benchmark.contenders import (
     DIVERGENCES,
     IGNORE_INDEX,
     Outputs,
@@ -15,7 +16,7 @@ from torch_bridge.benchmark_contenders import (
     exact_outputs,
     make_batch,
 )
-from torch_bridge.benchmark_report import Result, floor_of, of_full, picture, ratio, report, table
+from torch_bridge.benchmark.report import Result, floor_of, of_full, picture, ratio, report, table
 
 SMALL = Shape(8, 12, 64)
 GRADIENTS = ("hidden", "weight")
@@ -43,10 +44,10 @@ def test_quick_run_measures_every_task_and_writes_its_results(tmp_path, capsys):
     assert results["JSD", "JAX dense, jit"]["memory"] > results["JSD", "jaxkd xla"]["gradient_bytes"]
 
     tasks = {task for task, contender in results if contender == "jaxkd xla"}
-    assert tasks == set(benchmark_contenders.TASKS)
+    assert tasks == set(contenders.TASKS)
     for task in tasks:
         errors = results[task, "jaxkd xla"]["errors"]
-        assert errors.keys() == {"loss", *benchmark_contenders.TASKS[task].wanted}
+        assert errors.keys() == {"loss", *contenders.TASKS[task].wanted}
         assert errors.pop("loss") < 1e-4
         assert all(1e-4 < error < 5e-3 for error in errors.values())
     rounded = results["JSD", "torch eager"]["errors"]  # bfloat16 logits, 2 % apart
@@ -68,7 +69,7 @@ def test_a_contender_that_fails_stops_nothing(monkeypatch, capsys):
 
         return Prepared(run, 1234)
 
-    every = benchmark_contenders.contenders(SMALL, 16, "cpu", compiled=False)
+    every = contenders.contenders(SMALL, 16, "cpu", compiled=False)
     chosen = {"unfit": unfit, "exhausted": exhausted, "jaxkd xla": every["jaxkd xla"]}
     monkeypatch.setattr(benchmark, "contenders", lambda *_: chosen)
     lines = []
@@ -129,7 +130,7 @@ def test_teacher_is_near_the_student_whatever_their_sizes(shape):
 def test_truth_does_not_depend_on_how_many_rows_are_taken_at_a_time(monkeypatch, ignored):
     batch = make_batch(SMALL, 21, "cpu")
     whole = exact_outputs(batch, "JSD", ignored)
-    monkeypatch.setattr(benchmark_contenders, "EXACT_LOGITS", 5 * SMALL.vocabulary)
+    monkeypatch.setattr(contenders, "EXACT_LOGITS", 5 * SMALL.vocabulary)
     parts = exact_outputs(batch, "JSD", ignored)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
     for name in GRADIENTS:

@@ -9,9 +9,8 @@ import torch
 
 import jaxkd
 from torch_bridge import reference
-from torch_bridge.cases import DIVERGENCES, Case, Shape, make_batch
-from torch_bridge.comparison import Comparison, Tensors
-from torch_bridge.convert import to_jax
+from torch_bridge.parity.comparison import Comparison, Tensors, as_jax
+from torch_bridge.parity.distillation_cases import DIVERGENCES, Case, Shape, make_batch
 
 ROWS, HIDDEN, TEACHER_HIDDEN, VOCABULARY, CHUNK, K, SHARED = 68, 48, 40, 509, 16, 24, 300
 SAME = Shape(ROWS, HIDDEN, TEACHER_HIDDEN, VOCABULARY, VOCABULARY)
@@ -29,7 +28,7 @@ def _comparisons(dtype: str, device: str) -> list[Comparison]:
         batch = make_batch(Case(divergence, shape, dtype, mask=mask, temperature=2.0), device)
         given = _given(batch.teacher, shape, device)
         pair = DIVERGENCES[divergence]
-        head, arrays, labels, options = jax.tree.map(_as_jax, (batch.teacher, given, batch.labels, batch.options))
+        head, arrays, labels, options = jax.tree.map(as_jax, (batch.teacher, given, batch.labels, batch.options))
 
         def of_jax(inputs: dict[str, Any]) -> Any:
             return jaxkd.distillation_loss(
@@ -104,10 +103,3 @@ def _mixture(shares: str) -> Make:
 
 def _vocabulary_map(library: ModuleType, teacher: dict[str, Any], given: dict[str, Any]) -> Any:
     return library.VocabularyMap(library.LinearLogits(**teacher), given["student_ids"], given["teacher_ids"])
-
-
-def _as_jax(x: Any) -> Any:
-    """A tensor as an array, token ids in 32 bits."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    return to_jax((x.to(torch.int32) if x.dtype == torch.int64 else x).contiguous())

@@ -3,28 +3,25 @@
 from dataclasses import replace
 
 import pytest
+from comparison_params import by_turns
 
 import jaxkd
-from torch_bridge import comparisons_teacher
-from torch_bridge.comparison import GRADIENT_BOUNDS, LOSS_BOUND, compare
+from torch_bridge.parity import compare_pytorch_teachers
+from torch_bridge.parity.comparison import compare
 
-CASES = comparisons_teacher.comparisons()
-
-
-def exceeded(case):
-    bounds = {"loss": LOSS_BOUND}
-    return [name for name, error in compare(case).items() if not error <= bounds.get(name, GRADIENT_BOUNDS[case.dtype])]
+CASES = compare_pytorch_teachers.comparisons()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.loss}-{case.dtype}")
-def test_errors_are_within_their_bounds(case):
-    assert exceeded(case) == []
+@pytest.mark.parametrize("comparison", by_turns(CASES))
+def test_comparison(comparison):
+    result = compare(comparison)
+    assert result.passed, result
 
 
 @pytest.mark.gpu
 def test_errors_are_within_their_bounds_on_a_gpu():
-    for case in comparisons_teacher.comparisons("cuda"):
-        assert exceeded(case) == []
+    for case in compare_pytorch_teachers.comparisons("cuda"):
+        assert compare(case).passed, case
 
 
 @pytest.mark.parametrize("part", ["bias", "scale", "softcap"])
@@ -36,4 +33,6 @@ def test_a_missing_part_of_the_head_is_told_apart(monkeypatch, part):
 
     monkeypatch.setattr(jaxkd, "distillation_loss", without)
     traced_anew = CASES[0]._replace(jax_loss=lambda inputs: CASES[0].jax_loss(inputs))
-    assert exceeded(traced_anew) == ["loss", "hidden", "weight"]
+    result = compare(traced_anew)
+    assert all(result.errors[name] > bound for name, bound in result.bounds.items())
+    assert result.errors.keys() == {"loss", "hidden", "weight"}

@@ -1,4 +1,4 @@
-"""The embedding losses in both libraries, and sentence-transformers' where it is installed."""
+"""The dense embedding losses against those of sentence-transformers, where it is installed."""
 
 import importlib.util
 import warnings
@@ -8,28 +8,7 @@ import pytest
 import torch
 
 from torch_bridge import reference
-from torch_bridge.comparison import GRADIENT_BOUNDS, LOSS_BOUND, compare, errors, loss_and_gradients
-from torch_bridge.comparisons_embedding import comparisons
-
-COMPARISONS = comparisons()
-
-
-@pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda x: f"{x.loss}, {x.setting}, {x.dtype}")
-def test_comparison(comparison):
-    found = compare(comparison)
-    assert found.pop("loss") <= LOSS_BOUND
-    assert max(found.values()) <= GRADIENT_BOUNDS[comparison.dtype], found
-
-
-@pytest.mark.parametrize("comparison", [x for x in COMPARISONS if x.dtype == "float32" and "(" not in x.loss][::2])
-def test_a_wrong_twin_fails(comparison):
-    """A thousandth of the inputs' own sum of squares added: gradients are far beyond their bounds."""
-
-    def wrong(inputs):
-        return comparison.torch_loss(inputs) + 1e-3 * sum(x.square().mean() for x in inputs.values())
-
-    found = compare(comparison._replace(torch_loss=wrong))
-    assert max(value for name, value in found.items() if name != "loss") > 5 * GRADIENT_BOUNDS["float32"]
+from torch_bridge.parity.comparison import errors, loss_and_gradients
 
 
 def cases_of_sentence_transformers():

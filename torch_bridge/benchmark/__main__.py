@@ -28,7 +28,7 @@ import jax
 import torch
 from rich.console import Console
 
-from torch_bridge.benchmark_contenders import (
+from torch_bridge.benchmark.contenders import (
     MAIN_TASK,
     TASKS,
     Batch,
@@ -41,9 +41,8 @@ from torch_bridge.benchmark_contenders import (
     make_batch,
     prepare_products,
 )
-from torch_bridge.benchmark_report import FLOORS, Result, Results, picture, report, table
-from torch_bridge.convert import borrow_as_torch
-from torch_bridge.parity import obstacle
+from torch_bridge.benchmark.report import FLOORS, Result, Results, picture, report, table
+from torch_bridge.convert import borrow_as_torch, obstacle_to_cuda
 
 SHAPES = {
     "S1": Shape(4096, 4096, 128256),
@@ -204,8 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = SHAPES if device == "cuda" else QUICK_CPU_SHAPES if options.quick else CPU_SHAPES
     try:
         shapes = parse_shapes(options.shapes or list(default)[: 1 if options.quick else None])
-        if problem := obstacle(device, None, None):
-            raise ValueError(problem)
+        if device == "cuda" and (reason := obstacle_to_cuda()):
+            raise ValueError(f"--device cuda: {reason}, or use --device cpu")
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from torch_bridge import cases, liger
-from torch_bridge.cases import Case, Shape
+from torch_bridge.parity import distillation_cases as cases
+from torch_bridge.parity import liger_peers
+from torch_bridge.parity.distillation_cases import Case, Shape
 
 SHAPE = Shape(20, 8, 12, 33, 35)
 
@@ -53,14 +54,29 @@ def test_masks_and_gap():
     assert torch.equal(close.teacher["hidden"], close.student["hidden"])
 
 
+def test_a_batch_takes_tensors_in_the_place_of_its_own():
+    batch = cases.make_batch(Case("hellinger", SHAPE, "bfloat16", mask="weighted", head="softcap"))
+    student, others = batch.tensors()
+    assert student.keys() == {"hidden", "weight"}
+    assert others.keys() == {"teacher_hidden", "teacher_weight", "labels", "weights"}
+    doubled = batch.holding({name: 2 * x for name, x in (student | others).items()})
+    for name, x in student.items():
+        assert torch.equal(doubled.student[name], 2 * x)
+        assert torch.equal(doubled.teacher[name], 2 * batch.teacher[name])
+    assert torch.equal(doubled.labels, 2 * batch.labels)
+    assert torch.equal(doubled.options.pop("weights"), 2 * batch.options["weights"])
+    assert doubled.options.items() <= batch.options.items()
+    assert doubled.student["softcap"] == doubled.teacher["softcap"] == 10
+
+
 def test_which_cases_liger_can_run():
     same, different = Shape(20, 8, 12, 33, 33), SHAPE
-    assert liger.runs("Liger fused", Case("jensen_shannon(0.5)", same, "float32"))
-    assert liger.runs("Liger chunked", Case("jensen_shannon(0.1)", same, "float32", mask="none", head="bias"))
+    assert liger_peers.runs("Liger fused", Case("jensen_shannon(0.5)", same, "float32"))
+    assert liger_peers.runs("Liger chunked", Case("jensen_shannon(0.1)", same, "float32", mask="none", head="bias"))
     for refused in (
         Case("forward_kl", same, "float32"),
         Case("jensen_shannon(0.5)", different, "float32"),
         Case("jensen_shannon(0.5)", same, "float32", mask="poisoned"),
         Case("jensen_shannon(0.5)", same, "float32", head="bias"),
     ):
-        assert not liger.runs("Liger fused", refused)
+        assert not liger_peers.runs("Liger fused", refused)

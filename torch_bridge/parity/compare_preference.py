@@ -10,7 +10,7 @@ import torch
 import jaxkd
 from jaxkd import preference
 from torch_bridge import reference
-from torch_bridge.comparison import Comparison, Tensors
+from torch_bridge.parity.comparison import Comparison, Tensors
 from torch_bridge.reference import preference as dense
 
 Options = dict[str, Any]

@@ -1,8 +1,13 @@
-"""Liger Kernel's two JSD losses (checked against 0.8.5) on the cases they can run, for comparison."""
+"""Liger Kernel's two JSD losses (checked against 0.8.5) on the cases they can run, shown beside ours."""
+
+from collections.abc import Callable
 
 import torch
 
-from torch_bridge.cases import JSD_BETAS, Batch, Case, Loss
+from torch_bridge.parity.distillation_cases import Batch, Case
+
+JSD_BETAS = {"jensen_shannon(0.5)": 0.5, "jensen_shannon(0.1)": 0.1}
+Loss = Callable[[Case, Batch], torch.Tensor]
 
 
 def losses() -> dict[str, Loss]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_bridge.reference.distillation import LinearLogits, Logits
+from torch_bridge.reference.dense_distillation import LinearLogits, Logits
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 

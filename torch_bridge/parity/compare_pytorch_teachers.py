@@ -13,9 +13,8 @@ from torch import nn
 
 import jaxkd
 from torch_bridge import reference
-from torch_bridge.comparison import Comparison, Tensors
-from torch_bridge.live_teacher import LiveTeacher
-from torch_bridge.teacher_cache import cache_teacher
+from torch_bridge.parity.comparison import Comparison, Tensors
+from torch_bridge.teachers import LiveTeacher, cache_teacher
 
 HIDDEN, TEACHER_HIDDEN, VOCABULARY, LENGTHS = 32, 48, 523, (37, 12, 30, 5)
 

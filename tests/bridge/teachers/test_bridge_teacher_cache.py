@@ -15,7 +15,8 @@ import torch
 from smollm2_cases import TEXT, save_tiny_teacher, tiny_llama
 
 import jaxkd
-from torch_bridge import CacheError, LiveTeacher, cache_teacher, open_teacher_cache, teacher_cache
+from torch_bridge import CacheError, LiveTeacher, cache_teacher, open_teacher_cache
+from torch_bridge.teachers import teacher_cache
 
 TEXTS = [TEXT[start : start + 10 + 7 * (start % 5)] for start in range(0, 330, 33)]  # of many lengths
 BATCHES = 5  # of two texts

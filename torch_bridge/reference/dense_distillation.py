@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_bridge.reference.logit_losses import RowDivergence
+from torch_bridge.reference.dense_row_divergences import RowDivergence
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # (log_p of the teacher, log_q of the student), (N, V) each -> (N,)
 
@@ -60,7 +60,7 @@ def distillation_loss(
     ``soft_n`` is the divergence of teacher and student at the temperature, ``hard_n`` the cross-entropy of the student
     with the label. Arguments, defaults and results as in `jaxkd.distillation_loss`; `divergence` is one of this
     module's functions of ``(log_p, log_q)``, or a `RowDivergence`; ``teacher`` may also be one of
-    `torch_bridge.reference.teachers`.
+    `torch_bridge.reference.dense_teachers`.
 
     Returns:
       The loss and its parts ``soft``, ``hard`` and ``num_rows``, scalars.

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_bridge.reference.distillation import Divergence, LinearLogits, Logits, distillation_loss, forward_kl
-from torch_bridge.reference.logit_losses import RowDivergence, cosine_distance, mse
+from torch_bridge.reference.dense_distillation import Divergence, LinearLogits, Logits, distillation_loss, forward_kl
+from torch_bridge.reference.dense_row_divergences import RowDivergence, cosine_distance, mse
 
 
 def chunked_loss(

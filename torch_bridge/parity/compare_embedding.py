@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import torch
 
 from jaxkd import embedding
-from torch_bridge.comparison import Comparison, Tensors
+from torch_bridge.parity.comparison import Comparison, Tensors
 from torch_bridge.reference import embedding as dense
 
 ROWS, SIZE, CHUNK = 101, 48, 16

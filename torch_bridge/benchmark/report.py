@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from torch_bridge.benchmark_contenders import MAIN_TASK, TASKS, Shape
+from torch_bridge.benchmark.contenders import MAIN_TASK, TASKS, Shape
 
 Results = dict[str, list["Result"]]  # of each shape, by its name
 FLOORS = {"four products": True, "two products": False}  # whether the two products of the gradients are among them

@@ -10,9 +10,8 @@ import torch
 
 import jaxkd
 from torch_bridge import reference
-from torch_bridge.cases import Case, Shape, make_batch
-from torch_bridge.comparison import Comparison, Tensors
-from torch_bridge.convert import to_jax
+from torch_bridge.parity.comparison import Comparison, Tensors, as_jax
+from torch_bridge.parity.distillation_cases import Case, Shape, make_batch
 
 B, T, HIDDEN, VOCABULARY, EMBEDDING, CHUNK = 4, 17, 48, 509, 24, 16  # 68 rows: five chunks, the last one ragged
 SAME, OTHER = Shape(B * T, HIDDEN, 40, VOCABULARY, VOCABULARY), Shape(B * T, HIDDEN, 40, VOCABULARY, 521)
@@ -36,11 +35,11 @@ def _distillation(dtype: str, device: str) -> list[Comparison]:
         (torch.randn(width, EMBEDDING, generator=generator) / EMBEDDING**0.5).to(device)
         for width in (OTHER.teacher_vocabulary, VOCABULARY)
     )
-    jax_tables = _as_jax((tokens, others))
+    jax_tables = as_jax((tokens, others))
 
     def case(loss: str, setting: str, make: Callable[[Any, Any, Any], Any], shape: Shape, mask: str) -> Comparison:
         batch = make_batch(Case(loss, shape, dtype, mask=mask, temperature=2.0), device)
-        teacher, labels, options = _as_jax((batch.teacher, batch.labels, batch.options))
+        teacher, labels, options = as_jax((batch.teacher, batch.labels, batch.options))
         divergence, dense_divergence = make(jaxkd, *jax_tables), make(reference, tokens, others)
 
         def of_jax(inputs: dict[str, Any]) -> Any:
@@ -83,7 +82,7 @@ def _log_probs(dtype: str, device: str) -> list[Comparison]:
     labels = batch.labels.view(B, T)
     labels[0] = -100  # a sequence without a label that counts
     upstream = torch.randn(B, T, generator=torch.Generator().manual_seed(2)).to(device)
-    jax_labels, jax_upstream = _as_jax((labels, upstream))
+    jax_labels, jax_upstream = as_jax((labels, upstream))
 
     def case(loss: str, setting: str, function: str, first: Callable[[Any], Any], **options: Any) -> Comparison:
         def of_jax(inputs: dict[str, Any]) -> Any:
@@ -108,7 +107,7 @@ def _hidden(dtype: str, device: str) -> list[Comparison]:
     batch = make_batch(Case("", Shape(B * T, HIDDEN, 40, 40, 1), dtype, mask=POISONED), device)
     student, projection, teacher = batch.student["hidden"], batch.student["weight"], batch.teacher["hidden"]
     weights = (2 * torch.rand(B * T, generator=torch.Generator().manual_seed(3))).to(device)
-    jax_teacher, jax_labels, jax_weights = _as_jax((teacher, batch.labels, weights))
+    jax_teacher, jax_labels, jax_weights = as_jax((teacher, batch.labels, weights))
 
     def case(name: str, setting: str, inputs: Tensors, use_weights: bool) -> Comparison:
         def of_jax(inputs: dict[str, Any]) -> Any:
@@ -135,9 +134,9 @@ def _hidden(dtype: str, device: str) -> list[Comparison]:
 def _own(dtype: str, device: str) -> list[Comparison]:
     """Focal loss with a teacher's confidence in the label as a factor."""
     batch = make_batch(Case("", OTHER, dtype, mask=WEIGHTED), device)
-    teacher, labels = _as_jax(batch.teacher), _as_jax(batch.labels)
+    teacher, labels = as_jax(batch.teacher), as_jax(batch.labels)
     weights, normalizer = batch.options["weights"], batch.options["normalizer"]
-    jax_weights = _as_jax(weights)
+    jax_weights = as_jax(weights)
 
     def of_jax(inputs: dict[str, Any]) -> Any:
         return jaxkd.chunked_loss(
@@ -177,14 +176,3 @@ def _width(inputs: dict[str, Any]) -> int:
 
 def _like(fields: dict[str, Any], like: torch.Tensor) -> dict[str, Any]:
     return {name: x.to(like.dtype) if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
-
-
-def _as_jax(tree: Any) -> Any:
-    """Its tensors as arrays, token ids in 32 bits."""
-
-    def convert(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
-        return to_jax((x.to(torch.int32) if x.dtype == torch.int64 else x).contiguous())
-
-    return jax.tree.map(convert, tree)

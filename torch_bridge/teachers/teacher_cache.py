@@ -24,8 +24,8 @@ import torch
 from filelock import FileLock
 
 import jaxkd
-from torch_bridge.fingerprints import model_fingerprint, text_hashes, tokenizer_fingerprint
-from torch_bridge.live_teacher import LiveTeacher
+from torch_bridge.teachers.fingerprints import model_fingerprint, text_hashes, tokenizer_fingerprint
+from torch_bridge.teachers.live_teacher import LiveTeacher
 
 FORMAT = 1
 DTYPES = ("bfloat16", "float32", "float16")

@@ -1,7 +1,7 @@
-"""Losses to compare, as a table of cases, and data that looks like a model's for each of them."""
+"""Distillation losses to compare, as a table of cases, and data that looks like a model's for each of them."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,7 +40,6 @@ DIVERGENCES = {
     "hellinger": Pair(jaxkd.hellinger, reference.hellinger),
     "alpha_divergence(0.3)": Pair(jaxkd.alpha_divergence(0.3), reference.alpha_divergence(0.3)),
 }
-JSD_BETAS = {"jensen_shannon(0.5)": 0.5, "jensen_shannon(0.1)": 0.1}
 FACTORS: dict[str, Sequence[Any]] = {
     "divergence": tuple(DIVERGENCES),
     "shape": (
@@ -76,22 +75,38 @@ class Case:
     chunk_size: int | None = None
     gap: float | None = None
 
+    @property
+    def setting(self) -> str:
+        """All but the divergence and the dtype, in a few words."""
+        words = [f"V {self.shape.vocabulary}/{self.shape.teacher_vocabulary}", self.mask, self.head]
+        words += [f"tau {self.temperature:g}", f"chunk {self.chunk_size or 'auto'}"]
+        return ", ".join(words if self.gap is None else [*words, f"{self.gap:.0%} apart"])
+
 
 class Batch(NamedTuple):
     """The arguments of a case for `distillation_loss`, in either library."""
 
     student: dict[str, Any]  # the fields of LinearLogits
     teacher: dict[str, Any]
-    labels: torch.Tensor | None
+    labels: Any  # (N,), or None
     options: dict[str, Any]
 
-    def to(self, dtype: torch.dtype) -> "Batch":
-        """The same with every floating tensor in `dtype`."""
-        student, teacher, options = (_cast(x, dtype=dtype) for x in (self.student, self.teacher, self.options))
-        return Batch(student, teacher, self.labels, options)
+    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """By their names: those of the student, and all others."""
+        others = {f"teacher_{name}": x for name, x in self.teacher.items()} | {"labels": self.labels} | self.options
+        student, others = (
+            {name: x for name, x in values.items() if isinstance(x, torch.Tensor)} for values in (self.student, others)
+        )
+        return student, others
 
+    def holding(self, tensors: Mapping[str, Any]) -> "Batch":
+        """The same with ``tensors``, or arrays, of these names in the place of its own."""
 
-Loss = Callable[[Case, Batch], torch.Tensor]
+        def replaced(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+            return {name: tensors.get(prefix + name, x) for name, x in values.items()}
+
+        student, teacher, options = (replaced(self.student), replaced(self.teacher, "teacher_"), replaced(self.options))
+        return Batch(student, teacher, tensors.get("labels"), options)
 
 
 def pairwise_cases() -> list[Case]:
