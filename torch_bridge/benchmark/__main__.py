@@ -41,7 +41,7 @@ from torch_bridge.benchmark.contenders import (
     make_batch,
     prepare_products,
 )
-from torch_bridge.benchmark.report import FLOORS, Result, Results, picture, report, table
+from torch_bridge.benchmark.measurements import FLOORS, Result, Results, picture, report, table
 from torch_bridge.convert import borrow_as_torch, obstacle_to_cuda
 
 SHAPES = {

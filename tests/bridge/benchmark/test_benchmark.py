@@ -16,7 +16,7 @@ from torch_bridge.benchmark.contenders import (
     exact_outputs,
     make_batch,
 )
-from torch_bridge.benchmark.report import Result, floor_of, of_full, picture, ratio, report, table
+from torch_bridge.benchmark.measurements import Result, floor_of, of_full, picture, ratio, report, table
 
 SMALL = Shape(8, 12, 64)
 GRADIENTS = ("hidden", "weight")
@@ -70,7 +70,7 @@ def test_a_contender_that_fails_stops_nothing(monkeypatch, capsys):
         return Prepared(run, 1234)
 
     every = contenders.contenders(SMALL, 16, "cpu", compiled=False)
-    chosen = {"unfit": unfit, "exhausted": exhausted, "jaxkd xla": every["jaxkd xla"]}
+    chosen = {"unfit": unfit, "exhausted": exhausted, "torch eager": every["torch eager"]}
     monkeypatch.setattr(benchmark, "contenders", lambda *_: chosen)
     lines = []
     settings = benchmark.Settings("cpu", rows=16, repeats=4, seconds=60, compiled=False, only=[], tasks=["JSD"])
@@ -80,7 +80,7 @@ def test_a_contender_that_fails_stops_nothing(monkeypatch, capsys):
     assert results["exhausted"].failure == "MemoryError: none left"
     assert len(results["exhausted"].times) == 1  # after the one for its memory, the two of round 0 and one before it
     assert results["exhausted"].memory == 1234
-    assert len(results["jaxkd xla"].times) == 4
+    assert len(results["torch eager"].times) == 4
     assert len(results["four products"].times) == 5
     assert any("no such [kernel]" in line for line in lines)
     benchmark.Console(width=200).print(table("title", list(results.values())))
