@@ -24,6 +24,16 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def check_tokenizer(argument: str, tokenizer: Any) -> None:
+    """A `TypeError` that names the argument where it is no tokenizer but, say, the name of one."""
+    if not hasattr(tokenizer, "get_vocab"):
+        found = f"{tokenizer!r}, a string" if isinstance(tokenizer, str) else f"a {type(tokenizer).__name__}"
+        name = repr(tokenizer) if isinstance(tokenizer, str) else "its name or folder"
+        raise TypeError(
+            f"`{argument}` is {found}; give a tokenizer: transformers.AutoTokenizer.from_pretrained({name})"
+        )
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 of a `transformers` tokenizer's rules: vocabulary, merges, normalisation, special tokens.
 

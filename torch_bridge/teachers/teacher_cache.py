@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock
 
 import jaxkd
-from torch_bridge.teachers.fingerprints import model_fingerprint, text_hashes, tokenizer_fingerprint
+from torch_bridge.teachers.fingerprints import check_tokenizer, model_fingerprint, text_hashes, tokenizer_fingerprint
 from torch_bridge.teachers.live_teacher import LiveTeacher
 
 FORMAT = 1
@@ -96,6 +96,8 @@ def cache_teacher(
     hashes = _check_texts(texts)
     if tokenizer is None and isinstance(texts[0], str):
         raise TypeError("`tokenizer` is None, but `texts` are strings; give the teacher's")
+    if tokenizer is not None:
+        check_tokenizer("tokenizer", tokenizer)
     teacher = LiveTeacher(model)
     sequences = _tokenize(texts, tokenizer, max_length, model)
 
@@ -165,6 +167,7 @@ def open_teacher_cache(
     given: dict[str, Any] = {"format": FORMAT}
     hashes = None
     if tokenizer is not None:
+        check_tokenizer("tokenizer", tokenizer)
         given["tokenizer"] = tokenizer_fingerprint(tokenizer)
     if model is not None:
         given["model"] = model_fingerprint(model)
@@ -327,24 +330,38 @@ def _refuse_other(folder: Path, header: dict[str, Any], given: dict[str, Any], h
         found = header.get(key)
         if found == value or (key == "arrays" and differences):  # other texts or another model say it more plainly
             continue
-        difference = f"{key} was {_short(found)}, now {_short(value)}"
+        difference = _in_words(key, found, value)
         if key == "texts" and hashes is not None:
             with contextlib.suppress(OSError, ValueError):
                 difference = _text_difference(np.fromfile(folder / "text_hashes", np.uint8).reshape(-1, 32), hashes)
         differences.append(difference)
     if differences:
-        raise CacheError(f"{folder} holds another teacher's cache ({'; '.join(differences)}): choose another folder")
+        raise CacheError(
+            f"{folder} holds another teacher's cache: {'; '.join(differences)}. Give what it was made from, or another"
+            " folder"
+        )
+
+
+def _in_words(key: str, found: Any, given: Any) -> str:
+    """How an entry of the header differs; fingerprints mean nothing to a reader."""
+    if key == "model":
+        return "its model has other weights or another configuration than the one given"
+    if key == "tokenizer" and found is None:
+        return "it was made of token ids without a tokenizer, and one is given"
+    if key == "tokenizer" and given is None:
+        return "it was made with a tokenizer, and none is given"
+    if key == "tokenizer":
+        return "its tokenizer has another vocabulary, merges, normalization or special tokens than the one given"
+    if key == "texts":
+        return "its texts are not those given"
+    return f"{key} was {_short(found)}, now {_short(given)}"
 
 
 def _text_difference(began: np.ndarray, now: np.ndarray) -> str:
     if len(began) != len(now):
         return f"texts were {len(began)}, now {len(now)}"
     different = np.flatnonzero((began != now).any(axis=1))
-    first = int(different[0])
-    return (
-        f"{len(different)} of {len(now)} texts differ, texts[{first}] the first: SHA-256 was"
-        f" {began[first].tobytes().hex()}, now {now[first].tobytes().hex()}"
-    )
+    return f"{len(different)} of {len(now)} texts differ, texts[{different[0]}] the first"
 
 
 def _short(value: Any) -> str:
