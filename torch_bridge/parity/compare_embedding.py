@@ -12,7 +12,7 @@ from torch_bridge.parity.comparison import Comparison, Tensors
 from torch_bridge.reference import embedding as dense
 
 ROWS, SIZE, CHUNK = 101, 48, 16
-SIZES, FACTORS = (48, 24, 8), (1.0, 0.5, 0.25)
+SIZES, FACTORS = (48, 8), (1.0, 0.25)
 
 
 def comparisons(device: str = "cpu") -> list[Comparison]:
@@ -61,9 +61,9 @@ def _comparisons(dtype: torch.dtype, device: str) -> list[Comparison]:
         case("triplet", "cosine, weights", triplets, distance="cosine", margin=0.5, weights=weights),
         case("batch_hard_triplet", "Euclidean, margin 5", rows, labels=classes, chunk_size=CHUNK),
         case("batch_hard_triplet", "cosine, soft margin", rows, labels=classes, distance="cosine", margin=None),
-        case("matryoshka(info_nce)", "48, 24, 8", pairs, chunk_size=CHUNK),
-        case("matryoshka(cosent)", "48, 24, 8", graded, labels=grades),
-        case("matryoshka(triplet)", "48, 24, 8", triplets, margin=1.0),
+        case("matryoshka(info_nce)", "48, 8", pairs, chunk_size=CHUNK),
+        case("matryoshka(cosent)", "48, 8", graded, labels=grades),
+        case("matryoshka(triplet)", "48, 8", triplets, margin=1.0),
     ]
 
 
