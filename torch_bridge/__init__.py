@@ -1,4 +1,7 @@
-"""JAX and PyTorch side by side: arrays across DLPack, dense reference losses, jaxkd's losses in a PyTorch loop."""
+"""JAX and PyTorch side by side: arrays across DLPack, dense reference losses, jaxkd's losses in a PyTorch loop.
+
+Rooms, arrows only downward: `parity` and `benchmark` (commands) -> `reference`, `teachers` -> `convert`, `autograd`.
+"""
 
 from torch_bridge import reference as reference
 from torch_bridge.autograd import torch_loss as torch_loss
@@ -6,13 +9,13 @@ from torch_bridge.convert import borrow_as_jax as borrow_as_jax
 from torch_bridge.convert import borrow_as_torch as borrow_as_torch
 from torch_bridge.convert import to_jax as to_jax
 from torch_bridge.convert import to_torch as to_torch
-from torch_bridge.live_teacher import LiveTeacher as LiveTeacher
-from torch_bridge.teacher_cache import CacheError as CacheError
-from torch_bridge.teacher_cache import TeacherBatch as TeacherBatch
-from torch_bridge.teacher_cache import TeacherCache as TeacherCache
-from torch_bridge.teacher_cache import cache_teacher as cache_teacher
-from torch_bridge.teacher_cache import open_teacher_cache as open_teacher_cache
-from torch_bridge.vocabularies import match_vocabularies as match_vocabularies
+from torch_bridge.teachers import CacheError as CacheError
+from torch_bridge.teachers import LiveTeacher as LiveTeacher
+from torch_bridge.teachers import TeacherBatch as TeacherBatch
+from torch_bridge.teachers import TeacherCache as TeacherCache
+from torch_bridge.teachers import cache_teacher as cache_teacher
+from torch_bridge.teachers import match_vocabularies as match_vocabularies
+from torch_bridge.teachers import open_teacher_cache as open_teacher_cache
 
 __all__ = [
     "CacheError",

@@ -91,6 +91,15 @@ def borrow_as_jax(tensor: torch.Tensor) -> jax.Array:
     return array
 
 
+def obstacle_to_cuda() -> str | None:
+    """Why the two cannot share a CUDA GPU, and what to do; None if they can."""
+    if not torch.cuda.is_available():
+        return "this PyTorch sees no CUDA GPU: install one that does"
+    if jax.default_backend() != "gpu":
+        return f"JAX computes on {jax.default_backend()!r}: install jax[cuda13]"
+    return None
+
+
 def _has_cuda() -> bool:
     try:
         return bool(jax.devices("cuda"))

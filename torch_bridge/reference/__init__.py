@@ -1,6 +1,12 @@
-"""jaxkd's losses in plain PyTorch, dense and float64-capable: the truth that jaxkd is checked against."""
+"""jaxkd's losses in plain PyTorch, dense and float64-capable: the truth that jaxkd is checked against.
 
-from torch_bridge.reference.distillation import (
+Names and conventions are jaxkd's, the code is not: whole tensors, no chunks, gradients by autograd. The twins of
+`jaxkd.embedding` and `jaxkd.preference` are in `embedding` and `preference`. Imports neither jaxkd nor JAX.
+"""
+
+from torch_bridge.reference import dense_embedding as embedding
+from torch_bridge.reference import dense_preference as preference
+from torch_bridge.reference.dense_distillation import (
     Divergence,
     LinearLogits,
     Logits,
@@ -14,7 +20,7 @@ from torch_bridge.reference.distillation import (
     symmetric_kl,
     total_variation,
 )
-from torch_bridge.reference.logit_losses import (
+from torch_bridge.reference.dense_row_divergences import (
     RowDivergence,
     cosine_distance,
     earth_mover,
@@ -22,7 +28,7 @@ from torch_bridge.reference.logit_losses import (
     mse,
     sinkhorn,
 )
-from torch_bridge.reference.rows import (
+from torch_bridge.reference.dense_rows import (
     chunked_loss,
     hidden_cosine,
     hidden_mse,
@@ -30,7 +36,7 @@ from torch_bridge.reference.rows import (
     token_log_probs,
     token_statistics,
 )
-from torch_bridge.reference.teachers import Mixture, TopKLogProbs, VocabularyMap
+from torch_bridge.reference.dense_teachers import Mixture, TopKLogProbs, VocabularyMap
 
 __all__ = [
     "Divergence",
@@ -45,6 +51,7 @@ __all__ = [
     "cosine_distance",
     "distillation_loss",
     "earth_mover",
+    "embedding",
     "forward_kl",
     "hellinger",
     "hidden_cosine",
@@ -52,6 +59,7 @@ __all__ = [
     "jensen_shannon",
     "kernel_distance",
     "mse",
+    "preference",
     "reverse_kl",
     "sequence_log_probs",
     "sinkhorn",
