@@ -1,7 +1,7 @@
 """What every test shares: how it is compiled and kept, which tests run where, hypothesis without deadlines.
 
-Most of the suite's time is XLA's. On the CPU, tests skip most of its optimizations, and what is compiled is kept for the
-next run under `.pytest_cache` (`pytest --cache-clear` drops it); programs that are started by tests inherit both.
+Most of the suite's time is XLA's. On the CPU, tests skip most of its optimizations, and what is compiled is kept for
+the next run under `.pytest_cache` (`pytest --cache-clear` drops it); programs that tests start inherit both.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import hypothesis
 import jax
 import pytest
 
-NEEDS_TORCH = ["bridge/*", "smollm2_cases.py", "*smollm2*.py", "*test_bridge_example.py"]
+NEEDS_TORCH = ["bridge/*", "*smollm2*.py", "*test_bridge_example.py"]
 
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = NEEDS_TORCH
