@@ -1,34 +1,115 @@
-"""What every test shares: hypothesis without deadlines, GPU tests skipped without a GPU, the rest kept on the CPU."""
+"""What every test shares: how it is compiled and kept, which tests run where, hypothesis without deadlines.
 
+Most of the suite's time is XLA's. On the CPU, tests skip most of its optimizations, and what is compiled is kept for
+the next run under `.pytest_cache` (`pytest --cache-clear` drops it); programs that tests start inherit both.
+"""
+
+import hashlib
 import importlib.util
 import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
 
-if importlib.util.find_spec("torch") is None:
-    collect_ignore_glob = ["*smollm2*.py", "bridge/*", "*test_bridge_example.py"]
+NEEDS_TORCH = ["bridge/*", "*smollm2*.py", "*test_bridge_example.py"]
 
-hypothesis.settings.register_profile("jaxkd", deadline=None, derandomize="CI" in os.environ, database=None)
+if importlib.util.find_spec("torch") is None:
+    collect_ignore_glob = NEEDS_TORCH
+
+# `pytest --hypothesis-profile=fuzz` draws other examples in every run, and keeps those that fail in `.hypothesis`.
+hypothesis.settings.register_profile("jaxkd", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("fuzz", deadline=None, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile("jaxkd")
+
+# The emitters before XLA's fusion emitters compile in half the time. jaxlib ends at a flag that it does not know.
+QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false"
+MOST_WORKERS = 16  # a worker holds up to 2 GB
+
+
+def _quick_to_compile():
+    """Before JAX starts its backend; workers inherit it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if QUICK_TO_COMPILE in flags:
+        return
+    flags = f"{flags} {QUICK_TO_COMPILE}".strip()
+    parsed = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
+    if subprocess.run(parsed, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True).returncode == 0:
+        os.environ["XLA_FLAGS"] = flags
+
+
+_quick_to_compile()
 
 
 def _has_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def pytest_collection_modifyitems(items):
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu_tests and not _has_gpu():
-        for item in gpu_tests:
-            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+def _processor() -> str:
+    """A name for this type of processor: what is compiled for one need not run on another."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+    kind = sorted({line for line in lines if line.startswith(("model name", "flags", "CPU part", "Features"))} or lines)
+    return hashlib.sha256("\n".join([platform.machine(), *kind]).encode()).hexdigest()[:16]
 
 
-def pytest_configure():
+def _keep_what_is_compiled(config):
+    """Shared by all workers: JAX takes an entry that another has not yet written in full for one that is not there."""
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
+    options = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("jax") / f"{jax.__version__}-{_processor()}"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for programs that are started by tests
+
+
+def pytest_configure(config):
     """Everything but the GPU tests runs on the CPU, also where there is a GPU: the same numbers on every machine."""
     if _has_gpu():
         jax.config.update("jax_default_device", jax.devices("cpu")[0])
+    else:
+        _keep_what_is_compiled(config)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """As many as there are cores; none for one file, whose tests share compiled programs, and where there is a GPU."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    files = {Path(argument.split("::")[0]) for argument in config.args}
+    one_file = len(files) == 1 and next(iter(files)).suffix == ".py"
+    if one_file or config.option.keyword or config.option.collectonly or _has_gpu():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not _has_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+    # Slow tests run where they are asked for: by an expression of markers, or by name.
+    if not config.option.markexpr and not any("::" in argument for argument in config.args):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture of the test, which may compile too."""
+    optimized = any(item.get_closest_marker(name) for name in ("optimized", "gpu"))
+    if jax.config.read("jax_disable_most_optimizations") == optimized:
+        jax.clear_caches()  # `jax.jit` does not compile again for this option
+        jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,58 @@
+"""Lists of names that pytest and setuptools are given: a stale one would switch a check off, or leave a file out."""
+
+import fnmatch
+import importlib
+import tomllib
+
+import conftest
+import pytest
+import source_tree
+
+PROJECT = tomllib.loads((source_tree.ROOT / "pyproject.toml").read_text())
+TEST_FILES = {
+    name: path for name, path in source_tree.files().items() if path.is_relative_to(source_tree.ROOT / "tests")
+}
+
+
+def test_shapes_are_checked_in_every_module_listed(request):
+    *modules, checker = request.config.getoption("jaxtyping_packages").split(",")
+    assert modules
+    assert checker == "beartype.beartype"
+    for name in modules:
+        loader = type(importlib.import_module(name).__spec__.loader)
+        assert loader.__module__.startswith("jaxtyping"), f"{name} was imported by {loader}"
+
+
+@pytest.mark.parametrize("top", ["jaxkd", "torch_bridge"])
+def test_every_package_is_installed(top):
+    listed = {name for name in PROJECT["tool"]["setuptools"]["packages"] if name.split(".")[0] == top}
+    folders = {".".join(path.parent.relative_to(source_tree.ROOT).parts) for path in folder_inits(top)}
+    assert listed == folders
+
+
+def folder_inits(top):
+    return (source_tree.ROOT / top).rglob("__init__.py")
+
+
+def test_packages_installed_exist():
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) <= set(source_tree.files())
+
+
+def left_out_without_torch(path):
+    """As pytest matches ``collect_ignore_glob``."""
+    return [x for x in conftest.NEEDS_TORCH if fnmatch.fnmatch(str(path), str(source_tree.ROOT / "tests" / x))]
+
+
+def test_what_is_left_out_without_torch_is_what_imports_it():
+    needs = {
+        name
+        for name in TEST_FILES
+        if "torch" in source_tree.everything_imported(name) | {x.split(".")[0] for x in source_tree.imports(name)}
+    }
+    left_out = {name for name, path in TEST_FILES.items() if left_out_without_torch(path)}
+    assert needs == left_out
+
+
+@pytest.mark.parametrize("pattern", conftest.NEEDS_TORCH)
+def test_patterns_of_what_is_left_out_match(pattern):
+    assert any(pattern in left_out_without_torch(path) for path in TEST_FILES.values())
