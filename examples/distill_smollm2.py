@@ -30,7 +30,7 @@ from rich.progress import track
 from examples.smollm2 import flags, report, run_folder, teacher, text, training
 from examples.smollm2.memory import loss_memory
 from examples.smollm2.model import student_from_teacher
-from torch_bridge.fingerprints import model_fingerprint
+from torch_bridge.teachers import model_fingerprint
 
 TEACHER, PRUNED, CROSS_ENTROPY, DISTILLATION = "teacher", "pruned, untrained", "cross-entropy alone", "distillation"
 LARGE_BATCH = 8192  # tokens, for the table of memory: the loss is compiled at this size, not run

@@ -2,6 +2,7 @@
 file in its own process: XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/loop/layouts.py
 """
 
+import re
 from functools import partial
 
 import cases
@@ -147,7 +148,7 @@ def specs_of(batch, sequence, vocabulary):
 def value_and_gradients(loss, total=lambda x: x, **options):
     def of(x):
         def scalar(trained):
-            return loss(x | trained, total, chunk_size=CHUNK, **options)
+            return loss(x | trained, total, **{"chunk_size": CHUNK} | options)
 
         return jax.value_and_grad(scalar, has_aux=True)({name: x[name] for name in DIFFERENTIATED})
 
@@ -183,11 +184,10 @@ def test_layouts(name, layout, kind):
         with jax.set_mesh(mesh):
             got = jax.jit(value_and_gradients(loss))(placed)
     else:
-        batch, sequence, vocabulary = axes
+        batch, sequence, _ = axes
         row_axes = tuple(dict.fromkeys((*batch, *sequence)))
-        of = value_and_gradients(
-            loss, lambda v: jax.lax.psum(v, row_axes) if row_axes else v, sharding=sharding_of(*axes)
-        )
+        total = partial(jax.lax.psum, axis_name=row_axes) if row_axes else lambda v: v
+        of = value_and_gradients(loss, total, sharding=sharding_of(*axes))
         of_rows = {"token_log_probs": {"rows": P(batch or None, sequence or None)}}
         auxiliary = of_rows.get(name, P(batch or None, sequence or None) if name == "token_statistics" else P())
         out_specs = ((P(), auxiliary), {key: specs[key] for key in DIFFERENTIATED})
@@ -195,32 +195,40 @@ def test_layouts(name, layout, kind):
     assert_same(got, want)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "layout"), [(n, "rows") for n in SUMS | WHOLE] + [(n, "vocabulary") for n in SUMS])
 def test_work_is_shared(name, layout):
-    """An eighth of the work and of the memory on a device, and no array of all rows, whole heads or logits."""
+    """A device has an eighth of the work and of the temporaries, and no array of all rows nor a whole head."""
     shape, names, *axes = LAYOUTS[layout]
-    loss = (SUMS | WHOLE)[name]
-    rows, width = (512, 8), 1024
+    loss, rows, width = (SUMS | WHOLE)[name], (512, 8), 1024
     head = {"weight": (width, D), "bias": (width,), "teacher_weight": (width, D_TEACHER)}
-    states = {"hidden": (*rows, D), "teacher_hidden": (*rows, D_TEACHER)}
+    states = {"hidden": (*rows, D), "teacher_hidden": (*rows, D_TEACHER), "weights": rows, "upstream": rows}
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (head | states).items()}
-    shapes |= {name: jax.ShapeDtypeStruct(rows, jnp.float32) for name in ("weights", "upstream")}
     shapes["labels"] = jax.ShapeDtypeStruct(rows, jnp.int32)
     mesh, specs = mesh_of(shape, names, AxisType.Auto), specs_of(*axes)
-
-    def compiled(sharding):
-        def of(x):
-            def scalar(trained):
-                return loss(x | trained, lambda v: v, sharding=sharding, chunk_size=512 if sharding is None else None)
-
-            return jax.value_and_grad(scalar, has_aux=True)({name: x[name] for name in DIFFERENTIATED})
-
-        return of
-
-    one = jax.jit(compiled(None)).lower(shapes).compile()
     placed = {
-        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, specs[k])) for k, v in shapes.items()
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, specs[name]))
+        for name, x in shapes.items()
     }
-    many = jax.jit(compiled(sharding_of(*axes, mesh))).lower(placed).compile()
-    flops = [x.cost_analysis()["flops"] for x in (one, many)]
-    print(name, layout, flops, [x.memory_analysis().temp_size_in_bytes for x in (one, many)])
+
+    def compiled(sharding, x):
+        def of(x):
+            if name == "token_statistics":  # has no gradient
+                return loss(x, lambda v: v, sharding=sharding)[1]
+            return value_and_gradients(loss, chunk_size=None, sharding=sharding)(x)
+
+        return jax.jit(of).lower(x).compile()
+
+    one, device = compiled(None, shapes), compiled(sharding_of(*axes, mesh), placed)
+    flops = [x.cost_analysis()["flops"] for x in (one, device)]
+    temporaries = [x.memory_analysis().temp_size_in_bytes for x in (one, device)]
+    assert 0 < flops[1] < flops[0] / 6, flops
+    assert temporaries[1] < temporaries[0] / 6, temporaries
+    # What must not be on a device: (all rows, its columns), (its rows, all columns), what the layout splits.
+    whole = (
+        {(4096, width), (4096, D), (512, 8, D), (4096, D_TEACHER)}
+        if layout == "rows"
+        else {(width, D), (width, D_TEACHER)}
+    )
+    found = {tuple(map(int, x.split(","))) for x in re.findall(r"\[(\d+(?:,\d+)+)\]", device.as_text())}
+    assert not found & whole
