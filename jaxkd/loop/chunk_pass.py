@@ -41,7 +41,12 @@ class ChunkPass:
     loss: RowLoss
     student: Source
     inverse: Float[Array, ""]  # of the normalizer
-    wanted: frozenset[str]
+    primal_dtypes: dict[str, jnp.dtype]  # of the wanted fields, as the caller gave them
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The student's fields whose gradients are formed."""
+        return frozenset(self.primal_dtypes)
 
     @property
     def gradient_dtype(self) -> jnp.dtype | None:
@@ -117,7 +122,7 @@ class ChunkPass:
         gradients = {
             name: g
             if name == student.ROWS
-            else total_gradient(partitioning, g, student.DIMS.get(name, ())) * self.inverse
+            else total_gradient(partitioning, g, student.DIMS.get(name, ()), self.primal_dtypes[name]) * self.inverse
             for name, g in state.gradients.items()
         }
         return sums, gradients

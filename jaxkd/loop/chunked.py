@@ -32,8 +32,10 @@ from jaxkd.loop.collectives import (
     differing,
     empty_like,
     gather_chunk,
+    gathered_parts,
     in_step,
     own_rows,
+    spec_of_gradient,
 )
 from jaxkd.loop.flattening import map_over_mesh, spec, specs
 from jaxkd.loop.partitioning import ROWS, Partitioning
@@ -78,11 +80,13 @@ def _sum_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
     if isinstance(upstream, SymbolicZero):
         return None, None, None, None
 
-    def finished(gradient: jax.Array, primal: jax.Array) -> jax.Array | None:
-        wanted = gradient.shape != (0,)
-        return as_primal(upstream * gradient.astype(upstream.dtype), primal).astype(primal.dtype) if wanted else None
+    def finished(name: str, gradient: jax.Array, primal: jax.Array) -> jax.Array | None:
+        if gradient.shape == (0,):  # was not wanted
+            return None
+        gradient = as_primal(upstream * gradient.astype(upstream.dtype), primal).astype(primal.dtype)
+        return gathered_parts(plan.partitioning, gradient, residuals.DIMS.get(name, ()))
 
-    gradients = {name: entry and finished(*entry) for name, entry in vars(residuals).items()}
+    gradients = {name: entry and finished(name, *entry) for name, entry in vars(residuals).items()}
     return None, None, replace(residuals, **gradients), None
 
 
@@ -124,11 +128,14 @@ def _map_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
     wanted = frozenset(name for name, mark in marks.items() if mark.size)
     one = jnp.ones((), student.dtype)
     _, gradients = _loop_on_mesh(plan, is_counted, loss.weighted(upstream), student, one, wanted)
-    finished: dict[str, Any] = {
-        name: as_primal(gradients[name], x).astype(jnp.result_type(x)) if name in wanted else None
-        for name, x in vars(student).items()
-    }
-    return None, None, replace(student, **finished)
+
+    def finished(name: str, primal: Any) -> jax.Array | None:
+        if name not in wanted:
+            return None
+        gradient = as_primal(gradients[name], primal).astype(jnp.result_type(primal))
+        return gathered_parts(plan.partitioning, gradient, student.DIMS.get(name, ()))
+
+    return None, None, replace(student, **{name: finished(name, x) for name, x in vars(student).items()})
 
 
 _map_rows.defvjp(_map_rows_forward, _map_rows_backward, symbolic_zeros=True)
@@ -172,7 +179,9 @@ def _on_mesh(
 def _loop_on_mesh(
     plan: Plan, is_counted: Counted, loss: Any, student: Any, normalizer: Any, wanted: frozenset[str]
 ) -> tuple[Sums, Gradients]:
-    gradients = {name: spec(plan.partitioning, student.DIMS.get(name, ())) for name in wanted}
+    gradients = {
+        name: spec_of_gradient(plan.partitioning, getattr(student, name), student.DIMS.get(name, ())) for name in wanted
+    }
     sums = dict.fromkeys(loss.names, spec(plan.partitioning, ()))
     loop = partial(_loop, plan, wanted=wanted)
     return _on_mesh(plan, loop, (sums, gradients), is_counted, loss, student, normalizer)
@@ -187,9 +196,10 @@ def _loop(
     wanted: frozenset[str],
 ) -> tuple[Sums, Gradients]:
     """The normalised sums, and the gradients of the ``wanted`` fields of the student."""
+    primal_dtypes = {name: jnp.result_type(getattr(student, name)) for name in wanted}
     student = differing(student.prepared(), student.ROWS, (is_counted, loss, student))
     inverse = jnp.where(normalizer == 0, 0, 1 / normalizer).astype(student.dtype)
-    chunk_pass = ChunkPass(plan, loss, student, inverse, wanted)
+    chunk_pass = ChunkPass(plan, loss, student, inverse, primal_dtypes)
     start = chunk_pass.start(is_every_row_counted=is_counted is None)
     state = _for_each_chunk(plan.chunks.size, is_counted, student, plan.partitioning, chunk_pass, start)
     return chunk_pass.finish(state)

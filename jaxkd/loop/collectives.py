@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxkd.loop.flattening import map_dims
+from jaxkd.loop.flattening import map_dims, map_over_mesh, spec
 from jaxkd.loop.partitioning import ROWS, VOCABULARY, Axes, Dims, Partitioning
 
 
@@ -67,11 +68,52 @@ def _alike(partitioning: Partitioning, x: jax.Array) -> jax.Array:
     return jax.lax.pmax(x, axes) if axes else x
 
 
-def total_gradient(partitioning: Partitioning, gradient: jax.Array, dims: Dims) -> jax.Array:
-    """The gradient of what serves all rows. In the caller's shard_map the backward pass sums it, by `as_primal`."""
+def total_gradient(partitioning: Partitioning, gradient: jax.Array, dims: Dims, dtype: jnp.dtype) -> jax.Array:
+    """The gradient of what serves all rows, ``dtype`` being the type of its primal.
+
+    In the caller's shard_map the backward pass sums it, by `as_primal`.
+    """
     if not partitioning.is_mapped:
         return gradient
+    if is_in_parts(partitioning, gradient.shape, dims, dtype):
+        return jax.lax.psum_scatter(gradient, partitioning.replicas, scatter_dimension=0, tiled=True)
     return psum(gradient, partitioning.replicas if VOCABULARY in dims else partitioning.axes)
+
+
+def is_in_parts(partitioning: Partitioning, shape: tuple[int, ...], dims: Dims, dtype: jnp.dtype) -> bool:
+    """Whether each replica sums a part of a head's gradient, of this ``shape`` on a device.
+
+    The parts are gathered when they are in the type of the head: where that is 16 bits wide, each device moves 6 bytes
+    an entry, and sums and rounds no more than its part, where an all-reduce in float32 moves 8.
+    """
+    num_replicas = partitioning.size(partitioning.replicas)
+    is_head = dims == (VOCABULARY, None) and jnp.dtype(dtype).itemsize < 4
+    return partitioning.is_mapped and num_replicas > 1 and is_head and shape[0] % num_replicas == 0
+
+
+def spec_of_gradient(partitioning: Partitioning, primal: jax.Array, dims: Dims) -> P:
+    """Of what `total_gradient` gives."""
+    if is_in_parts(partitioning, _local_shape(partitioning, primal, dims), dims, primal.dtype):
+        return P((*partitioning.vocabulary, *partitioning.replicas))
+    return spec(partitioning, dims)
+
+
+def gathered_parts(partitioning: Partitioning, gradient: jax.Array, dims: Dims) -> jax.Array:
+    """A head's gradient in the type of the head, whole on each replica."""
+    if not is_in_parts(partitioning, _local_shape(partitioning, gradient, dims), dims, gradient.dtype):
+        return gradient
+    replicas = partitioning.replicas
+    return map_over_mesh(
+        partitioning,
+        lambda x: jax.lax.all_gather(x, replicas, tiled=True),
+        P((*partitioning.vocabulary, *replicas)),
+        spec(partitioning, dims),
+        check_vma=False,
+    )(gradient)
+
+
+def _local_shape(partitioning: Partitioning, x: Any, dims: Dims) -> tuple[int, ...]:
+    return tuple(partitioning.local_width(n) if dim == VOCABULARY else n for n, dim in zip(x.shape, dims, strict=False))
 
 
 def check_differentiable(partitioning: Partitioning) -> None:

@@ -2,6 +2,7 @@
 file in its own process: XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/loop/layouts.py
 """
 
+import functools
 import re
 from functools import partial
 
@@ -125,9 +126,15 @@ LAYOUTS = {
     "rows and vocabulary": ((2, 4), ("data", "model"), ("data",), (), ("model",)),
     "FSDP": ((4, 2), ("fsdp", "sequence"), ("fsdp",), ("sequence",), ("fsdp",)),
 }
-TABLE = [
-    (loss, layout) for layout, (*_, vocabulary) in LAYOUTS.items() for loss in (SUMS if vocabulary else SUMS | WHOLE)
-]
+KINDS = ("Auto", "Explicit", "own shard_map")
+
+
+def table():
+    """All that there is; every third is what stays when slow tests are left out: each loss, layout and kind of mesh."""
+    for i, (layout, (*_, vocabulary)) in enumerate(LAYOUTS.items()):
+        for j, loss in enumerate(SUMS if vocabulary else SUMS | WHOLE):
+            for k, kind in enumerate(KINDS):
+                yield pytest.param(loss, layout, kind, marks=[pytest.mark.slow] if (i + j + k) % 3 else [])
 
 
 def specs_of(batch, sequence, vocabulary):
@@ -169,12 +176,15 @@ def sharding_of(batch, sequence, vocabulary, mesh=None):
     return jaxkd.Sharding(P(batch or None, sequence or None), vocabulary, mesh)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit", "own shard_map"])
-@pytest.mark.parametrize(("name", "layout"), TABLE)
+@functools.cache
+def on_one_device(name):
+    return jax.jit(value_and_gradients((SUMS | WHOLE)[name]))(arrays())
+
+
+@pytest.mark.parametrize(("name", "layout", "kind"), list(table()))
 def test_layouts(name, layout, kind):
     shape, names, *axes = LAYOUTS[layout]
     loss, x = (SUMS | WHOLE)[name], arrays()
-    want = jax.jit(value_and_gradients(loss))(x)
     mesh = mesh_of(shape, names, AxisType.Explicit if kind == "Explicit" else AxisType.Auto)
     specs = specs_of(*axes)
     placed = {key: jax.device_put(v, NamedSharding(mesh, specs[key])) for key, v in x.items()}
@@ -192,7 +202,7 @@ def test_layouts(name, layout, kind):
         auxiliary = of_rows.get(name, P(batch or None, sequence or None) if name == "token_statistics" else P())
         out_specs = ((P(), auxiliary), {key: specs[key] for key in DIFFERENTIATED})
         got = jax.jit(jax.shard_map(of, mesh=mesh, in_specs=(specs,), out_specs=out_specs))(placed)
-    assert_same(got, want)
+    assert_same(got, on_one_device(name))
 
 
 @pytest.mark.optimized
@@ -232,3 +242,51 @@ def test_work_is_shared(name, layout):
     )
     found = {tuple(map(int, x.split(","))) for x in re.findall(r"\[(\d+(?:,\d+)+)\]", device.as_text())}
     assert not found & whole
+
+
+def test_a_bfloat16_head_is_summed_in_parts():
+    """A reduce-scatter in float32 and an all-gather in bfloat16, no float32 array of the head; one rounding."""
+    mesh, width = mesh_of((4, 2), ("data", "model"), AxisType.Auto), 64
+    student = cases.head(0, (B, T), D, width).astype(jnp.bfloat16)
+    teacher = cases.head(1, (B, T), D_TEACHER, width).astype(jnp.bfloat16)
+
+    def gradient(weight, sharding=None):
+        def loss(weight):
+            head = jaxkd.LinearLogits(student.hidden, weight)
+            log_probs = jaxkd.token_log_probs(head, jnp.ones((B, T), int), sharding=sharding)
+            return 3.0 * jaxkd.distillation_loss(head, teacher, sharding=sharding)[0] + jnp.mean(log_probs)
+
+        return jax.grad(loss)(weight)
+
+    want = jax.jit(gradient)(student.weight)
+    for vocabulary, columns in (((), width), (("model",), width // 2)):
+        sharding = jaxkd.Sharding("data", vocabulary, mesh)
+        weight = jax.device_put(student.weight, NamedSharding(mesh, P(vocabulary or None)))
+        lowered = jax.jit(partial(gradient, sharding=sharding)).lower(weight)
+        np.testing.assert_allclose(np.float32(lowered.compile()(weight)), np.float32(want), rtol=2**-7, atol=1e-5)
+        text = lowered.as_text()  # XLA gathers no bfloat16 on a CPU
+        part, whole = f"tensor<{columns // 4}x{D}x", f"tensor<{columns}x{D}x"
+        moved = re.findall(r'"stablehlo\.(reduce_scatter|all_gather|all_reduce)".*?\) -> (\S+)', text, re.DOTALL)
+        assert moved.count(("reduce_scatter", f"{part}f32>")) == moved.count(("all_gather", f"{whole}bf16>")) == 2
+        assert ("all_reduce", f"{whole}f32>") not in moved
+
+
+@pytest.mark.parametrize(
+    ("of_hidden", "of_weight"),
+    [
+        (P("data"), P(None, "model")),
+        (P("data", None, "model"), P(None, "model")),
+        (P(), P()),
+        (P(None, None, "data"), P()),
+    ],
+)
+def test_types_say_how_arrays_lie(of_hidden, of_weight):
+    """On Explicit axes: a head split over D, hidden states split over D, arrays that nothing splits."""
+    mesh, x = mesh_of((4, 2), ("data", "model"), AxisType.Explicit), arrays()
+    specs = {"hidden": of_hidden, "weight": of_weight, "teacher_hidden": P(*of_hidden[:1]), "labels": P(*of_hidden[:1])}
+    placed = {name: jax.device_put(v, NamedSharding(mesh, specs.get(name, P()))) for name, v in x.items()}
+    for name in ("jensen_shannon", "token_log_probs", "chunked_loss"):
+        with jax.set_mesh(mesh):
+            got = jax.jit(value_and_gradients((SUMS | WHOLE)[name]))(placed)
+        assert_same(got, on_one_device(name))
+        assert got[1]["weight"].sharding.spec == P(*(tuple(of_weight) + (None,) * (2 - len(of_weight))))

@@ -48,6 +48,16 @@ def test_eight_devices():
     assert "skipped" not in output
 
 
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_layouts_of_every_loss(which):
+    files = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, "tests/loop/layouts.py"]
+    output = finish(start([*files, "-k", "test_layouts"], EIGHT_DEVICES))
+    if which == "not slow":
+        output += finish(start([*files, "-k", "test_work"], "--xla_force_host_platform_device_count=8"))
+    assert " passed" in output
+    assert "skipped" not in output
+
+
 def test_two_processes():
     """Each with a device of its own and half of the rows; then with half of the vocabulary."""
     with socket.socket() as free:
