@@ -7,11 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.embedding.batches import (
-    as_embeddings,
-    check_counting,
-    weigh_rows,
-)
+from jaxkd.embedding.embedding_rows import as_embeddings, check_counting, weigh_rows
 from jaxkd.embedding.similarity import cosine_similarity
 from jaxkd.loop.checks import check_scalar
 from jaxkd.metrics import Metrics, metrics_of

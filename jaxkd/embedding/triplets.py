@@ -7,12 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkd.embedding.batches import (
-    as_embeddings,
-    check_counting,
-    chunk_size_for,
-    weigh_rows,
-)
+from jaxkd.embedding.embedding_rows import as_embeddings, check_counting, chunk_size_for, weigh_rows
 from jaxkd.embedding.similarity import Distance, euclidean
 from jaxkd.logits.sources import logits_dtype
 from jaxkd.loop.checks import check_scalar, check_size

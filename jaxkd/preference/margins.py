@@ -9,7 +9,8 @@ from jax.nn import log_sigmoid, relu, sigmoid
 from jax.typing import ArrayLike
 
 from jaxkd.divergences.sums_over_tokens import Divergence
-from jaxkd.preference.log_ratios import Pairs, Result, negative_log_likelihood, smoothed
+from jaxkd.preference.counted_answers import Result
+from jaxkd.preference.pairs import Pairs, negative_log_likelihood, smoothed
 
 
 def dpo(
@@ -79,7 +80,7 @@ def cdpo(
     0.4133
     """
     pairs = Pairs.of(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, weights, normalizer)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    wrong = pairs.wrong_share(label_smoothing)
     return pairs.result(smoothed(pairs.margin, wrong))
 
 
@@ -105,7 +106,7 @@ def robust(
     0.1883
     """
     pairs = Pairs.of(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, weights, normalizer)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    wrong = pairs.wrong_share(label_smoothing)
     clean, flipped = -log_sigmoid(pairs.margin), -log_sigmoid(-pairs.margin)
     return pairs.result(((1 - wrong) * clean - wrong * flipped) / (1 - 2 * wrong))
 
@@ -285,7 +286,7 @@ def f_po(
     if not isinstance(divergence, Divergence):
         raise TypeError(f"`divergence` is {divergence!r}; give a jaxkd.Divergence such as jaxkd.jensen_shannon(0.5)")
     pairs = Pairs.of(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, weights, normalizer)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    wrong = pairs.wrong_share(label_smoothing)
     log_p = jnp.stack([jnp.log1p(-wrong), jnp.log(wrong)])  # (2,)
     log_q = jnp.stack([log_sigmoid(pairs.margin), log_sigmoid(-pairs.margin)], axis=-1)  # (B, 2)
     return pairs.result(divergence(jnp.broadcast_to(log_p, log_q.shape), log_q))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.nn import log1mexp, log_sigmoid
 from jax.typing import ArrayLike
 
-from jaxkd.preference.log_ratios import Pairs, Result, negative_log_likelihood, smoothed
+from jaxkd.preference.counted_answers import Result
+from jaxkd.preference.pairs import Pairs, negative_log_likelihood, smoothed
 
 
 def cpo(
@@ -41,7 +42,7 @@ def cpo(
     """
     pairs = Pairs.without_reference(policy_chosen, policy_rejected, beta, weights, normalizer)
     alpha = pairs.number("alpha", alpha, at_least=0)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    wrong = pairs.wrong_share(label_smoothing)
     nll = negative_log_likelihood(pairs, chosen_lengths)
     return pairs.result(smoothed(pairs.margin, wrong) + alpha * nll, nll=nll)
 
@@ -72,7 +73,7 @@ def simpo(
     """
     pairs = Pairs.without_reference(policy_chosen, policy_rejected, beta, weights, normalizer)
     gamma = pairs.number("gamma", gamma)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    wrong = pairs.wrong_share(label_smoothing)
     return pairs.result(smoothed(pairs.margin - gamma, wrong))
 
 
@@ -105,7 +106,7 @@ def cpo_simpo(
     pairs = Pairs.without_reference(policy_chosen, policy_rejected, beta, weights, normalizer)
     gamma = pairs.number("gamma", gamma)
     alpha = pairs.number("alpha", alpha, at_least=0)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    wrong = pairs.wrong_share(label_smoothing)
     nll = negative_log_likelihood(pairs, 1)
     return pairs.result(smoothed(pairs.margin - gamma, wrong) + alpha * nll, nll=nll)
 

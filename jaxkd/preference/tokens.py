@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkd.preference.log_ratios import Mean, Result, check_shape, checked_rows, number, result
+from jaxkd.preference.counted_answers import Mean, Result, check_shape, checked_rows, number, result
 
 # Log-ratios are cut off above this before they are exponentiated, at a ratio of 4.9e8: beyond there the gradient is 0.
 LARGEST_LOG_RATIO = 20.0

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jax.typing import ArrayLike
 
-from jaxkd.preference.log_ratios import Mean, Result, check_shape, checked_rows, number, result
+from jaxkd.preference.counted_answers import Mean, Result, check_shape, checked_rows, number, result
 
 
 def kto(

@@ -112,7 +112,7 @@ def test_compiled_memory(loss, dense):
             "`positives` is float16 but `anchors`",
         ),
         (lambda x: embedding.info_nce(x[0], x[1], x[2, :4]), ValueError, r"`negatives` has shape \(4, 8\).*K, 8"),
-        (lambda x: embedding.info_nce(LABELS, x[1]), TypeError, "`anchors` is int64; give an array of floating type"),
+        (lambda x: embedding.info_nce(LABELS, x[1]), TypeError, "`anchors` is int64; give a floating-point array"),
         (lambda x: embedding.info_nce(x[0, 0], x[1, 0]), ValueError, r"`anchors` has shape \(8,\); give embeddings"),
         (lambda x: embedding.info_nce(x[0, :0], x[1, :0]), ValueError, "of one row at least"),
         (lambda x: embedding.info_nce(x[0], x[1], scale=0), ValueError, "`scale` is 0; give a number above 0"),
