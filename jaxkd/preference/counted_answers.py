@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxkd.loop.checks import check_floating, check_scalar, check_weights, known_value
+from jaxkd.loop.row_weights import weighted
 from jaxkd.metrics import Metrics, metrics_of
 
 Result = tuple[jax.Array, Metrics]
@@ -15,7 +16,10 @@ Result = tuple[jax.Array, Metrics]
 
 @dataclass(frozen=True)
 class Mean:
-    """The weighted mean over the answers that count, 0 where none does: the one place that weighs and divides."""
+    """The weighted mean over the answers that count, 0 where none does: the one place that weighs and divides.
+
+    What an answer of weight 0 has is never added, be it NaN, and a sum divided by 0 is 0.
+    """
 
     weights: jax.Array  # (B,)
     total: jax.Array  # ()
@@ -27,7 +31,8 @@ class Mean:
         return Mean(weights, total)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.sum(self.weights * x) / jnp.where(self.total == 0, 1, self.total)
+        is_empty = self.total == 0
+        return jnp.where(is_empty, 0, jnp.sum(weighted(self.weights, x)) / jnp.where(is_empty, 1, self.total))
 
 
 def result(loss: jax.Array, metrics: Metrics) -> Result:
@@ -46,7 +51,7 @@ def checked_rows(
             raise ValueError(f"`{name}` has shape {x.shape}; give log-probabilities of shape ({', '.join(axes)})")
         check_shape(name, x, shape, first)
     if normalizer is not None:
-        check_scalar("normalizer", normalizer, above=0)
+        check_scalar("normalizer", normalizer, at_least=0)
     dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in arrays.values()) else jnp.float32
     if weights is None:
         row_weights = jnp.ones(shape[:1], dtype)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 
+from jaxkd.loop.checks import check_scalar
 from jaxkd.preference.counted_answers import Mean, Result, check_shape, checked_rows, number, result
 
 
@@ -80,8 +81,51 @@ class Pairs:
     def margin(self) -> jax.Array:
         return self.beta * (self.chosen_log_ratio - self.rejected_log_ratio)
 
-    def result(self, losses: jax.Array, **metrics: jax.Array) -> Result:
-        """The mean of one loss a pair, and the metrics that all losses of pairs have, with ``metrics`` (B,) besides."""
+    def nll_of_answers(self, chosen_lengths: ArrayLike) -> jax.Array:
+        """The mean over pairs of the chosen answer's negative log-likelihood a token, 0 for one without tokens: ()."""
+        return self.mean(-self.policy_chosen / jnp.maximum(self._lengths(chosen_lengths), 1))
+
+    def nll_of_tokens(
+        self,
+        chosen_lengths: ArrayLike | None,
+        nll_normalizer: ArrayLike | None,
+        normalizer: ArrayLike | None,
+        *,
+        averaged: bool,
+    ) -> jax.Array:
+        """The negative log-likelihoods of all chosen tokens over their number: ().
+
+        ``averaged`` log-probabilities are per token already, and without lengths their mean over pairs is taken.
+        """
+        if chosen_lengths is None:
+            if nll_normalizer is not None:
+                raise ValueError("`nll_normalizer` is given but `chosen_lengths` is None; give both")
+            return self.mean(-self.policy_chosen)
+        lengths = self._lengths(chosen_lengths)
+        if nll_normalizer is not None:
+            check_scalar("nll_normalizer", nll_normalizer, at_least=0)
+        elif normalizer is not None:
+            if jnp.shape(chosen_lengths) != ():
+                raise ValueError(
+                    "`normalizer` is given but `nll_normalizer` is None; give the number of chosen tokens of the whole "
+                    "batch, or else its parts would not add up"
+                )
+            nll_normalizer = self.mean.total * jnp.asarray(chosen_lengths, lengths.dtype)
+        nll = -self.policy_chosen * lengths if averaged else jnp.where(lengths == 0, 0, -self.policy_chosen)
+        return Mean.of(self.mean.weights, nll_normalizer, counts=lengths)(nll)
+
+    def _lengths(self, chosen_lengths: ArrayLike) -> jax.Array:
+        shape = self.policy_chosen.shape
+        if jnp.shape(chosen_lengths) != ():
+            check_shape("chosen_lengths", chosen_lengths, shape, "policy_chosen")
+        lengths = jnp.broadcast_to(jnp.asarray(chosen_lengths, self.policy_chosen.dtype), shape)
+        return jnp.where(self.mean.weights == 0, 0, lengths)
+
+    def result(
+        self, losses: jax.Array, *, nll: jax.Array | None = None, alpha: ArrayLike = 1, **metrics: jax.Array
+    ) -> Result:
+        """The mean of one loss a pair, plus ``alpha nll``; and the metrics of pairs, with ``metrics`` (B,) besides."""
+        loss = self.mean(losses)
         rows = {
             "chosen_rewards": self.chosen_reward,
             "rejected_rewards": self.rejected_reward,
@@ -92,16 +136,11 @@ class Pairs:
             **metrics,
         }
         means = {name: self.mean(x) for name, x in rows.items()}
-        return result(self.mean(losses), means | {"num_pairs": jnp.sum(self.mean.weights != 0)})
+        if nll is not None:
+            loss, means = loss + alpha * nll, means | {"nll": nll}
+        return result(loss, means | {"num_pairs": jnp.sum(self.mean.weights != 0)})
 
 
 def smoothed(margin: jax.Array, wrong: jax.Array) -> jax.Array:
     """Cross-entropy of sigmoid(margin) with labels of which the share ``wrong`` is the wrong way round."""
     return -(1 - wrong) * log_sigmoid(margin) - wrong * log_sigmoid(-margin)
-
-
-def negative_log_likelihood(pairs: Pairs, chosen_lengths: ArrayLike) -> jax.Array:
-    """That of each chosen sequence, per token: (B,); 0 for one without tokens."""
-    if jnp.shape(chosen_lengths) != ():
-        check_shape("chosen_lengths", chosen_lengths, pairs.policy_chosen.shape, "policy_chosen")
-    return -pairs.policy_chosen / jnp.maximum(jnp.asarray(chosen_lengths, pairs.policy_chosen.dtype), 1)
