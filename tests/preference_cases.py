@@ -10,6 +10,7 @@ import numpy as np
 
 import jaxkd
 from jaxkd import preference
+from tests.quick_programs import QUICK
 
 B, T = 8, 9
 
@@ -54,10 +55,6 @@ def cast(inputs: dict[str, Any], dtype: Any = jnp.float32) -> dict[str, jax.Arra
     return {k: jnp.asarray(x, dtype if x.dtype == np.float64 else x.dtype) for k, x in inputs.items()}
 
 
-# Programs that run once or twice: what XLA's optimisation costs is never earned back.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 @cache
 def _program(names: tuple[str, ...], with_metrics: bool) -> Any:
     """Many losses in one program."""
@@ -67,11 +64,6 @@ def _program(names: tuple[str, ...], with_metrics: bool) -> Any:
         return results if with_metrics else {k: ((loss, {}), g) for k, ((loss, _), g) in results.items()}
 
     return jax.jit(evaluate, compiler_options=QUICK)
-
-
-def at_once(calls: dict[str, Any]) -> dict[str, Any]:
-    """What each function without arguments returns, by one program."""
-    return jax.device_get(jax.jit(lambda: {k: call() for k, call in calls.items()}, compiler_options=QUICK)())
 
 
 def evaluate_all(

@@ -51,4 +51,4 @@ def check_counting(embeddings: jax.Array, weights: Any, normalizer: Any) -> None
     if weights is not None:
         check_weights(weights, embeddings.shape[:1], "embeddings")
     if normalizer is not None:
-        check_scalar("normalizer", normalizer, above=0)
+        check_scalar("normalizer", normalizer, at_least=0)

@@ -50,11 +50,11 @@ def cosent(
     """
     first, second = as_embeddings(first=first, second=second)
     check_scalar("scale", scale, above=0)
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.number) or jnp.shape(labels) != first.shape[:1]:
-        raise ValueError(
-            f"`labels` is {jnp.result_type(labels).name} {jnp.shape(labels)} but `first` has B={first.shape[0]}; "
-            "give one number a row"
-        )
+    kind, shape = jnp.result_type(labels), jnp.shape(labels)
+    if not (jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.floating)):
+        raise TypeError(f"`labels` is {kind.name}; give numbers, for booleans ``labels.astype(int)``")
+    if shape != first.shape[:1]:
+        raise ValueError(f"`labels` has shape {shape} but `first` has B={first.shape[0]}; give ({first.shape[0]},)")
     check_counting(first, weights, None)
 
     row_weights, (first, second) = weigh_rows(weights, first, second)

@@ -117,13 +117,20 @@ def test_compiled_memory(loss, dense):
         (lambda x: embedding.info_nce(x[0, :0], x[1, :0]), ValueError, "of one row at least"),
         (lambda x: embedding.info_nce(x[0], x[1], scale=0), ValueError, "`scale` is 0; give a number above 0"),
         (lambda x: embedding.info_nce(x[0], x[1], chunk_size=0), ValueError, "`chunk_size` is 0"),
-        (lambda x: embedding.info_nce(x[0], x[1], normalizer=0), ValueError, "`normalizer` is 0"),
+        (lambda x: embedding.info_nce(x[0], x[1], normalizer=-1), ValueError, "`normalizer` is -1"),
         (lambda x: embedding.info_nce(x[0], x[1], weights=-LABELS), ValueError, "`weights` has a negative value"),
         (lambda x: embedding.info_nce(x[0], x[1], weights=LABELS[:3]), ValueError, r"`weights` has shape \(3,\)"),
         (
             lambda x: embedding.cosent(x[0], x[1], LABELS[:3]),
             ValueError,
-            r"`labels` is int32 \(3,\) but `first` has B=97",
+            r"`labels` has shape \(3,\) but `first` has B=97; give \(97,\)",
+        ),
+        (lambda x: embedding.cosent(x[0], x[1], LABELS[:, None] / 2), ValueError, r"`labels` has shape \(97, 1\) but"),
+        (lambda x: embedding.cosent(x[0], x[1], LABELS > 3), TypeError, "`labels` is bool; give numbers, for booleans"),
+        (
+            lambda x: embedding.matryoshka(embedding.cosent, (4,))(x[0], x[1], jnp.ones((B, 1))),
+            ValueError,
+            r"`dims` has 4 but embeddings of shape \(97, 1\) have D=1; .* labels of shape \(B,\)",
         ),
         (lambda x: embedding.triplet(*x, distance="cosine"), TypeError, "`distance` is 'cosine'; give jaxkd.embedding"),
         (lambda x: embedding.triplet(*x, margin="soft"), TypeError, "`margin` is 'soft'; give a number"),
@@ -141,7 +148,7 @@ def test_compiled_memory(loss, dense):
         (
             lambda x: embedding.matryoshka(embedding.info_nce, (9,))(x[0], x[1]),
             ValueError,
-            "`dims` has 9 but embeddings have D=8",
+            r"`dims` has 9 but embeddings of shape \(97, 8\) have D=8",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from preference_deviations import DEVIATIONS, PAIRS, cost, s
 import jaxkd
 from jaxkd import preference
 from jaxkd.preference import f_po
-from tests.preference_cases import at_once
+from tests.quick_programs import at_once
 
 
 def kl(p, q):

@@ -10,7 +10,7 @@ import pytest
 from preference_deviations import ANSWERS, IS_DESIRABLE, cost, s
 
 from jaxkd import preference
-from tests.preference_cases import QUICK, at_once
+from tests.quick_programs import QUICK, at_once
 
 UNPAIRED = {
     "kto": ({"desirable_weight": 2.0}, 2 * s(-5 / 6), s(-1 / 6), 2 * s(4 / 6)),
