@@ -7,6 +7,10 @@ sentence-transformers; where they differ, the docstring says so.
 All take embeddings (B, D) of one floating type, compute in float32 (float64 for float64) and return ``(loss, metrics)``
 with float32 metrics that carry no gradient. A row of ``weights`` 0 is not there: it adds exactly nothing to the loss or
 to any gradient and is nobody's candidate, even when it holds NaN. A batch without a row that counts has loss 0.
+
+This room holds the losses that compare whole embeddings with each other, one file a kind. It may import `jaxkd.losses`,
+`jaxkd.loop`, `jaxkd.logits` and `jaxkd.divergences`, never `jaxkd.preference`; of jaxkd only ``jaxkd/__init__.py``
+imports it.
 """
 
 from jaxkd.embedding.contrastive import info_nce

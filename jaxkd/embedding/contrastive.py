@@ -7,18 +7,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.embedding.batches import (
+from jaxkd.embedding.embedding_rows import (
     as_embeddings,
     check_counting,
-    check_floating,
     check_same_type,
     chunk_size_for,
     only,
 )
 from jaxkd.embedding.similarity import CosineLogits
-from jaxkd.logits.array_ops import logits_dtype
-from jaxkd.loop.checks import check_scalar, check_size
-from jaxkd.loop.row_weights import Metrics, metrics_of
+from jaxkd.logits import logits_dtype
+from jaxkd.loop.checks import check_floating, check_scalar, check_size
 from jaxkd.losses.chunked_losses import chunked_loss
 
 

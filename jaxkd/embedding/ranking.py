@@ -7,14 +7,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.embedding.batches import (
-    as_embeddings,
-    check_counting,
-    weigh_rows,
-)
+from jaxkd.embedding.embedding_rows import as_embeddings, check_counting, weigh_rows
 from jaxkd.embedding.similarity import cosine_similarity
+from jaxkd.loop import Metrics, metrics_of
 from jaxkd.loop.checks import check_scalar
-from jaxkd.loop.row_weights import Metrics, metrics_of
 
 
 def cosent(
@@ -54,11 +50,11 @@ def cosent(
     """
     first, second = as_embeddings(first=first, second=second)
     check_scalar("scale", scale, above=0)
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.number) or jnp.shape(labels) != first.shape[:1]:
-        raise ValueError(
-            f"`labels` is {jnp.result_type(labels).name} {jnp.shape(labels)} but `first` has B={first.shape[0]}; "
-            "give one number a row"
-        )
+    kind, shape = jnp.result_type(labels), jnp.shape(labels)
+    if not (jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.floating)):
+        raise TypeError(f"`labels` is {kind.name}; give numbers, for booleans ``labels.astype(int)``")
+    if shape != first.shape[:1]:
+        raise ValueError(f"`labels` has shape {shape} but `first` has B={first.shape[0]}; give ({first.shape[0]},)")
     check_counting(first, weights, None)
 
     row_weights, (first, second) = weigh_rows(weights, first, second)

@@ -42,9 +42,14 @@ def _across(x: Float[Array, "N D"], g: Float[Array, "N D"]) -> Float[Array, "N D
 
 
 def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Rows of length 1 in float32 (float64 for float64); rows of zeros, and their gradient, stay 0."""
+    """Rows of length 1 in float32 (float64 for float64); rows of zeros, and their gradient, stay 0.
+
+    A row that holds NaN or inf is NaN and gets no gradient, so that nothing of it is left when it is masked afterwards.
+    """
     x = widened(x)  # once, so that its gradient is rounded once
-    return x * _inverse_length(x)[..., None]
+    is_finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+    x = jnp.where(is_finite, x, 0)
+    return jnp.where(is_finite, x * _inverse_length(x)[..., None], jnp.nan)
 
 
 def cosine_similarity(x: Float[Array, "... D"], y: Float[Array, "... D"]) -> Float[Array, "..."]:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd.embedding.similarity import unit, widened
+from jaxkd.loop import Metrics, metrics_of
 from jaxkd.loop.checks import check_integer
-from jaxkd.loop.row_weights import Metrics, metrics_of
 
 
 def matryoshka(
@@ -26,7 +26,7 @@ def matryoshka(
     Args:
       loss: one of this module, or a function of yours that returns ``(loss, metrics)``.
       dims: the sizes, distinct, none larger than the embeddings. Name the full size too if it shall be trained.
-      weights: one factor for each of ``dims``, or None for 1.
+      weights: one factor for each of ``dims``, or None for 1. ``weights=`` of the rows go to the function returned.
       normalize: whether cut embeddings are brought to length 1 first, in float32, as sentence-transformers does. It
         decides what a Euclidean distance means. `info_nce` and `cosent` do not see lengths: for them False gives the
         same, without the float32 copies.
@@ -64,7 +64,10 @@ def matryoshka(
         if not is_embedding(x):
             return x
         if x.shape[-1] < dim:
-            raise ValueError(f"`dims` has {dim} but embeddings have D={x.shape[-1]}; give sizes up to that")
+            raise ValueError(
+                f"`dims` has {dim} but embeddings of shape {x.shape} have D={x.shape[-1]}; give sizes up to that, and "
+                "labels of shape (B,): every floating array with two axes or more is taken as embeddings"
+            )
         return unit(x[..., :dim]) if normalize else x[..., :dim]
 
     def total_loss(*arguments: Any, **options: Any) -> tuple[jax.Array, Metrics]:

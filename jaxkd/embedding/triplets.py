@@ -7,16 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkd.embedding.batches import (
-    as_embeddings,
-    check_counting,
-    chunk_size_for,
-    weigh_rows,
-)
+from jaxkd.embedding.embedding_rows import as_embeddings, check_counting, chunk_size_for, weigh_rows
 from jaxkd.embedding.similarity import Distance, euclidean
 from jaxkd.logits.array_ops import logits_dtype
+from jaxkd.loop import Metrics, metrics_of, weighted
 from jaxkd.loop.checks import check_scalar, check_size
-from jaxkd.loop.row_weights import Metrics, metrics_of, weighted
 
 
 def triplet(

@@ -8,11 +8,15 @@ come in one order:
 * pairs without: ``(policy_chosen, policy_rejected)``
 * unpaired answers: ``(policy, reference, is_desirable)``, (B,) each
 * tokens: ``(policy, old, reference, advantages, mask)``, (B, T) but for the (B,) advantages
+
+This room holds the losses of log-probabilities already made, one file a kind. It may import `jaxkd.losses`,
+`jaxkd.loop`, `jaxkd.logits` and `jaxkd.divergences`, never `jaxkd.embedding`; of jaxkd only ``jaxkd/__init__.py``
+imports it.
 """
 
 from jaxkd.preference.anchored import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
-from jaxkd.preference.log_ratios import Metrics as Metrics
-from jaxkd.preference.log_ratios import Result as Result
+from jaxkd.preference.counted_answers import Metrics as Metrics
+from jaxkd.preference.counted_answers import Result as Result
 from jaxkd.preference.margins import cdpo, discopop, dpo, exo_pair, f_po, hinge, ipo, irpo, robust
 from jaxkd.preference.reference_free import cpo, cpo_simpo, orpo, simpo
 from jaxkd.preference.tokens import cispo, dapo, dr_grpo, grpo, gspo

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jax.typing import ArrayLike
 
-from jaxkd.preference.log_ratios import Pairs, Result
+from jaxkd.preference.counted_answers import Result
+from jaxkd.preference.pairs import Pairs
 
 
 def nca_pair(

@@ -9,7 +9,8 @@ from jax.nn import log_sigmoid, relu, sigmoid
 from jax.typing import ArrayLike
 
 from jaxkd.divergences import Divergence
-from jaxkd.preference.log_ratios import Pairs, Result, negative_log_likelihood, smoothed
+from jaxkd.preference.counted_answers import Result
+from jaxkd.preference.pairs import Pairs, smoothed
 
 
 def dpo(
@@ -33,8 +34,9 @@ def dpo(
         ever reaches them.
       beta: how strongly the policy is held to the reference, above 0. It may be traced, like every number here.
       weights: (B,) non-negative factors, or None for 1. A pair of weight 0 adds exactly nothing, even if it holds NaN.
-      normalizer: what divides the sum; None is the sum of the weights, and a batch whose weights are all 0 has loss 0.
-        With the pair count of a global batch, the losses and gradients of its parts add up to those of the whole.
+      normalizer: what divides the sum; None is the sum of the weights, and a batch whose weights are all 0 has loss 0,
+        as has one whose normalizer is 0. With the pair count of a global batch, the losses and gradients of its parts
+        add up to those of the whole.
 
     Returns:
       The loss, and metrics, each normalised as the loss is: ``chosen_rewards``, ``rejected_rewards``, ``margin``,
@@ -79,7 +81,7 @@ def cdpo(
     0.4133
     """
     pairs = Pairs.of(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, weights, normalizer)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    wrong = pairs.wrong_share(label_smoothing)
     return pairs.result(smoothed(pairs.margin, wrong))
 
 
@@ -105,7 +107,7 @@ def robust(
     0.1883
     """
     pairs = Pairs.of(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, weights, normalizer)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    wrong = pairs.wrong_share(label_smoothing)
     clean, flipped = -log_sigmoid(pairs.margin), -log_sigmoid(-pairs.margin)
     return pairs.result(((1 - wrong) * clean - wrong * flipped) / (1 - 2 * wrong))
 
@@ -230,7 +232,8 @@ def irpo(
     """Iterative reasoning preference optimisation: DPO and the likelihood of the chosen answer.
 
     ``-log sigmoid(margin) - alpha policy_chosen / chosen_lengths``, alpha at least 0. Each answer's likelihood is taken
-    per token, so that long answers weigh no more than short ones. ``metrics`` has ``nll`` besides.
+    per token, as in the paper, so that long answers weigh no more than short ones (in `jaxkd.preference.cpo` they do).
+    ``metrics`` has ``nll`` besides.
 
     Args:
       chosen_lengths: (B,) or a number: the tokens of each chosen answer, with its prompt's if they are to count.
@@ -242,9 +245,8 @@ def irpo(
     0.5633
     """
     pairs = Pairs.of(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, weights, normalizer)
-    nll = negative_log_likelihood(pairs, chosen_lengths)
     alpha = pairs.number("alpha", alpha, at_least=0)
-    return pairs.result(alpha * nll - log_sigmoid(pairs.margin), nll=nll)
+    return pairs.result(-log_sigmoid(pairs.margin), nll=pairs.nll_of_answers(chosen_lengths), alpha=alpha)
 
 
 def f_po(
@@ -285,7 +287,7 @@ def f_po(
     if not isinstance(divergence, Divergence):
         raise TypeError(f"`divergence` is {divergence!r}; give a jaxkd.Divergence such as jaxkd.jensen_shannon(0.5)")
     pairs = Pairs.of(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, weights, normalizer)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    wrong = pairs.wrong_share(label_smoothing)
     log_p = jnp.stack([jnp.log1p(-wrong), jnp.log(wrong)])  # (2,)
     log_q = jnp.stack([log_sigmoid(pairs.margin), log_sigmoid(-pairs.margin)], axis=-1)  # (B, 2)
     return pairs.result(divergence(jnp.broadcast_to(log_p, log_q.shape), log_q))

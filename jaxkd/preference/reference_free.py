@@ -3,6 +3,12 @@
 The reward of an answer is ``beta`` times its log-probability, summed in `cpo`, averaged over its tokens in the others
 (``jaxkd.sequence_log_probs(..., average=True)``). Arguments that are not described, the result and the errors are those
 of `jaxkd.preference.dpo`.
+
+The negative log-likelihood (NLL) that three of them add is that of the chosen tokens of the batch: its sum over all of
+them divided by their number, ``sum_i weights_i nll_i / sum_i weights_i chosen_lengths_i`` of each answer's sum over
+tokens ``nll_i``, as TRL and Liger Kernel have it. Long answers weigh more in it than short ones.
+`jaxkd.preference.irpo` has the mean over answers of each one's mean. Parts of a batch that are given the ``normalizer``
+of the whole are given its chosen tokens too, as ``nll_normalizer``: then losses and gradients add up.
 """
 
 import jax
@@ -10,7 +16,8 @@ import jax.numpy as jnp
 from jax.nn import log1mexp, log_sigmoid
 from jax.typing import ArrayLike
 
-from jaxkd.preference.log_ratios import Pairs, Result, negative_log_likelihood, smoothed
+from jaxkd.preference.counted_answers import Result
+from jaxkd.preference.pairs import Pairs, smoothed
 
 
 def cpo(
@@ -21,17 +28,21 @@ def cpo(
     beta: ArrayLike = 0.1,
     alpha: ArrayLike = 1.0,
     label_smoothing: ArrayLike = 0.0,
+    nll_normalizer: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
 ) -> Result:
     """Contrastive preference optimisation: DPO without a reference, and the likelihood of the chosen answer.
 
-    ``-log sigmoid(margin) - alpha policy_chosen / chosen_lengths``, alpha at least 0. ``metrics`` has ``nll`` besides.
+    The mean of ``-log sigmoid(margin)``, plus ``alpha`` (at least 0) times ``-sum policy_chosen / sum chosen_lengths``,
+    the NLL a token of the batch. ``metrics`` has ``nll`` besides.
 
     Args:
       policy_chosen, policy_rejected: (B,) log-probabilities summed over tokens.
-      chosen_lengths: (B,) or a number: the tokens of each chosen answer. 1 leaves its likelihood a sum, as the paper.
+      chosen_lengths: (B,) or a number: the tokens of each chosen answer. 1 leaves the NLL a mean of sums, as the paper.
       label_smoothing: in [0, 0.5), as in `jaxkd.preference.cdpo`.
+      nll_normalizer: what divides the sum of the chosen tokens' NLL; None is their weighted number. With a
+        ``normalizer`` and lengths (B,) it must be given: the chosen tokens of the whole batch.
 
     Source: Xu et al., "Contrastive Preference Optimization" (arXiv 2401.08417).
 
@@ -41,9 +52,9 @@ def cpo(
     """
     pairs = Pairs.without_reference(policy_chosen, policy_rejected, beta, weights, normalizer)
     alpha = pairs.number("alpha", alpha, at_least=0)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
-    nll = negative_log_likelihood(pairs, chosen_lengths)
-    return pairs.result(smoothed(pairs.margin, wrong) + alpha * nll, nll=nll)
+    wrong = pairs.wrong_share(label_smoothing)
+    nll = pairs.nll_of_tokens(chosen_lengths, nll_normalizer, normalizer, averaged=False)
+    return pairs.result(smoothed(pairs.margin, wrong), nll=nll, alpha=alpha)
 
 
 def simpo(
@@ -72,7 +83,7 @@ def simpo(
     """
     pairs = Pairs.without_reference(policy_chosen, policy_rejected, beta, weights, normalizer)
     gamma = pairs.number("gamma", gamma)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    wrong = pairs.wrong_share(label_smoothing)
     return pairs.result(smoothed(pairs.margin - gamma, wrong))
 
 
@@ -80,23 +91,29 @@ def cpo_simpo(
     policy_chosen: ArrayLike,
     policy_rejected: ArrayLike,
     *,
+    chosen_lengths: ArrayLike | None = None,
     beta: ArrayLike = 0.1,
     gamma: ArrayLike = 0.5,
     alpha: ArrayLike = 1.0,
     label_smoothing: ArrayLike = 0.0,
+    nll_normalizer: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
 ) -> Result:
-    """SimPO and the likelihood of the chosen answer: -log sigmoid(margin - gamma) - alpha policy_chosen.
+    """SimPO and the likelihood of the chosen answer: -log sigmoid(margin - gamma) + alpha NLL.
 
     The likelihood keeps SimPO from making both answers unlikely. ``metrics`` has ``nll`` besides.
 
     Args:
       policy_chosen, policy_rejected: (B,) log-probabilities averaged over tokens.
+      chosen_lengths: (B,) or a number: the tokens of each chosen answer. With them the NLL is that of TRL and Liger
+        Kernel, ``-sum (chosen_lengths policy_chosen) / sum chosen_lengths``; None is the mean of ``-policy_chosen``.
       gamma, label_smoothing: as in `simpo`.
       alpha: at least 0.
+      nll_normalizer: as in `cpo`; only with ``chosen_lengths``.
 
-    Source: Meng et al., "SimPO" (arXiv 2405.14734) with the likelihood of CPO (arXiv 2401.08417), as in TRL.
+    Source: Meng et al., "SimPO" (arXiv 2405.14734) with the likelihood of CPO (arXiv 2401.08417), as in TRL's
+    ``CPOTrainer`` with ``loss_type="simpo"``.
 
     >>> pair = jnp.array([-1.0]), jnp.array([-3.0])
     >>> print(f"{cpo_simpo(*pair, beta=0.5, gamma=0.5, alpha=0.5)[0]:.4f}")
@@ -105,28 +122,32 @@ def cpo_simpo(
     pairs = Pairs.without_reference(policy_chosen, policy_rejected, beta, weights, normalizer)
     gamma = pairs.number("gamma", gamma)
     alpha = pairs.number("alpha", alpha, at_least=0)
-    wrong = pairs.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
-    nll = negative_log_likelihood(pairs, 1)
-    return pairs.result(smoothed(pairs.margin - gamma, wrong) + alpha * nll, nll=nll)
+    wrong = pairs.wrong_share(label_smoothing)
+    nll = pairs.nll_of_tokens(chosen_lengths, nll_normalizer, normalizer, averaged=True)
+    return pairs.result(smoothed(pairs.margin - gamma, wrong), nll=nll, alpha=alpha)
 
 
 def orpo(
     policy_chosen: ArrayLike,
     policy_rejected: ArrayLike,
     *,
+    chosen_lengths: ArrayLike | None = None,
     beta: ArrayLike = 0.1,
+    nll_normalizer: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
 ) -> Result:
     """Odds-ratio preference optimisation: the likelihood of the chosen answer, and beta times its odds.
 
-    ``-policy_chosen - beta log sigmoid(log_odds(policy_chosen) - log_odds(policy_rejected))`` with ``log_odds(x) = x -
-    log(1 - exp(x))`` of the per-token probability exp(x). A log-probability above minus the type's rounding (-1.2e-7 in
-    float32), where the odds are infinite, is taken as that, with gradient 0. ``metrics`` has ``nll`` and
-    ``log_odds_ratio`` besides.
+    The NLL, plus the mean of ``-beta log sigmoid(log_odds(policy_chosen) - log_odds(policy_rejected))`` with
+    ``log_odds(x) = x - log(1 - exp(x))`` of the per-token probability exp(x). Above minus the type's rounding (-1.2e-7
+    in float32), near where the odds are infinite, their tangent is taken: it goes on to push a certain answer.
+    ``metrics`` has ``nll`` and ``log_odds_ratio`` besides.
 
     Args:
       policy_chosen, policy_rejected: (B,) log-probabilities averaged over tokens.
+      chosen_lengths, nll_normalizer: as in `cpo_simpo`: with lengths the NLL is that of TRL and Liger Kernel, a mean
+        over the chosen tokens of the batch; without, the mean of ``-policy_chosen``.
 
     Source: Hong et al., "ORPO" (arXiv 2403.07691).
 
@@ -135,12 +156,13 @@ def orpo(
     1.0431
     """
     pairs = Pairs.without_reference(policy_chosen, policy_rejected, beta, weights, normalizer)
-    nll = negative_log_likelihood(pairs, 1)
+    nll = pairs.nll_of_tokens(chosen_lengths, nll_normalizer, normalizer, averaged=True)
     log_odds_ratio = _log_odds(pairs.policy_chosen) - _log_odds(pairs.policy_rejected)
-    return pairs.result(nll - pairs.beta * log_sigmoid(log_odds_ratio), nll=nll, log_odds_ratio=log_odds_ratio)
+    return pairs.result(-pairs.beta * log_sigmoid(log_odds_ratio), nll=nll, log_odds_ratio=log_odds_ratio)
 
 
 def _log_odds(log_prob: jax.Array) -> jax.Array:
     certain = -jnp.finfo(log_prob.dtype).eps
-    log_prob = jnp.where(log_prob < certain, log_prob, certain)
-    return log_prob - log1mexp(-log_prob)
+    below = jnp.where(log_prob < certain, log_prob, certain)
+    beyond = jnp.where(log_prob < certain, 0, log_prob - certain) / -jnp.expm1(certain)
+    return below - log1mexp(-below) + beyond

@@ -2,19 +2,21 @@
 
 Each loss is a surrogate of the ratio ``r = exp(policy - old)`` and the advantage A of an answer, plus ``beta`` times an
 estimate of the KL divergence from the reference, ``exp(d) - d - 1`` with ``d = reference - policy``. They differ in the
-surrogate and in what the sum over tokens is divided by.
+surrogate and in what the sum over tokens is divided by. Above a log-ratio of 20 every exponential is its tangent there.
 """
 
 from dataclasses import dataclass
+from math import exp, expm1
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkd.preference.log_ratios import Mean, Result, check_shape, checked_rows, number, result
+from jaxkd.preference.counted_answers import Mean, Result, check_shape, checked_rows, number, result
 
-# Log-ratios are cut off above this before they are exponentiated, at a ratio of 4.9e8: beyond there the gradient is 0.
+# Above this, at a ratio of 4.9e8, the exponential of a log-ratio goes on as its tangent: it is finite, and its gradient
+# neither ends nor turns.
 LARGEST_LOG_RATIO = 20.0
 
 
@@ -206,7 +208,14 @@ def cispo(
 
 
 def _exp(log_ratio: jax.Array) -> jax.Array:
-    return jnp.exp(jnp.minimum(log_ratio, LARGEST_LOG_RATIO))
+    beyond = jnp.maximum(log_ratio - LARGEST_LOG_RATIO, 0)
+    return jnp.exp(jnp.minimum(log_ratio, LARGEST_LOG_RATIO)) + exp(LARGEST_LOG_RATIO) * beyond
+
+
+def _kl_estimate(d: jax.Array) -> jax.Array:
+    """exp(d) - d - 1, never below 0, nor inf - inf."""
+    below, beyond = jnp.minimum(d, LARGEST_LOG_RATIO), jnp.maximum(d - LARGEST_LOG_RATIO, 0)
+    return jnp.expm1(below) - below + expm1(LARGEST_LOG_RATIO) * beyond
 
 
 @dataclass(frozen=True)
@@ -244,7 +253,7 @@ class _Tokens:
         log_probs = {name: jnp.where(counts, x, 0) for name, x in log_probs.items()}
         new = log_probs["policy"]
         before, anchor = (jax.lax.stop_gradient(log_probs.get(name, new)) for name in ("old", "reference"))
-        kl = jnp.zeros_like(new) if reference is None else _exp(anchor - new) - (anchor - new) - 1
+        kl = jnp.zeros_like(new) if reference is None else _kl_estimate(anchor - new)
         advantage = jax.lax.stop_gradient(jnp.where(row_weights != 0, jnp.asarray(advantages, dtype), 0))
         return _Tokens(new, new - before, kl, beta * kl, advantage[:, None], counts, row_weights)
 

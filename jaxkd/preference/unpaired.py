@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxkd.preference.log_ratios import Mean, Result, check_shape, checked_rows, number, result
+from jaxkd.preference.counted_answers import Mean, Result, check_shape, checked_rows, number, result
 
 
 def kto(
@@ -36,13 +36,15 @@ def kto(
       is_desirable: (B,) booleans, or integers 0 and 1.
       desirable_weight, undesirable_weight: factors of the two kinds, at least 0. They do not enter the normalizer.
       kl_log_ratios: ``policy - reference`` of answers (M,) to other prompts than their own, the paper's estimate of the
-        KL divergence, or one number known already: 0 is no baseline. None takes the batch's own answers, weighted.
+        KL divergence, or one number known already: 0, or M = 0, is no baseline. None takes the batch's own answers,
+        weighted.
       beta, weights, normalizer: as in `jaxkd.preference.dpo`.
 
     Returns:
       The loss, and metrics: ``chosen_rewards`` and ``rejected_rewards``, the mean rewards of the desirable and of the
       other answers (0 where there is none), their difference ``margin``, ``chosen_log_probs``, ``rejected_log_probs``,
-      ``accuracy`` (the share of answers whose reward is on their side of the baseline), ``num_sequences``, and ``kl``.
+      ``accuracy`` (the share of answers whose reward is on their side of the baseline), ``num_sequences``, of which
+      ``num_desirable``, and ``kl``.
 
     Raises:
       TypeError, ValueError: shapes, types or values that do not fit, named, before any work.
@@ -61,7 +63,7 @@ def kto(
     if kl_log_ratios is None:
         mean = Mean.of(answers.mean.weights)(answers.log_ratio)
     else:
-        mean = jnp.mean(jnp.asarray(kl_log_ratios, dtype))
+        mean = _mean_of_known(kl_log_ratios, dtype)
     kl = jax.lax.stop_gradient(jnp.maximum(mean, 0))
     losses = sigmoid(-answers.sign * (answers.reward - answers.beta * kl))
     factors = jnp.where(answers.is_desirable, desirable_weight, undesirable_weight)
@@ -84,8 +86,10 @@ def bco(
 
     Args:
       delta: the reward shift; None is the paper's, half of the mean reward of the batch's desirable answers plus half
-        of that of the others (of one kind alone, its mean). For a running mean over batches hand in your own, fed with
-        ``(chosen_rewards + rejected_rewards) / 2`` of the metrics.
+        of that of the others (of one kind alone, its mean). For a shift over many batches keep the mean reward of each
+        kind: of the metrics, ``chosen_rewards`` over ``num_desirable`` answers, and ``rejected_rewards`` over
+        ``num_sequences - num_desirable``. A batch of one kind leaves the other's mean as it was, for its 0 is that of
+        no answer. Half of the sum of both is the shift to hand in.
 
     The other arguments and the errors are those of `kto`; ``metrics`` has ``delta`` instead of ``kl``.
 
@@ -105,6 +109,13 @@ def bco(
         shift = number("delta", delta, answers.beta.dtype)
     shift = jax.lax.stop_gradient(shift)
     return answers.result(-log_sigmoid(answers.sign * (answers.reward - shift)), shift, delta=shift)
+
+
+def _mean_of_known(kl_log_ratios: ArrayLike, dtype: DTypeLike) -> jax.Array:
+    if jnp.ndim(kl_log_ratios) > 1:
+        raise ValueError(f"`kl_log_ratios` has shape {jnp.shape(kl_log_ratios)}; give (M,) or one number")
+    log_ratios = jnp.atleast_1d(jnp.asarray(kl_log_ratios, dtype))
+    return Mean.of(jnp.ones_like(log_ratios))(log_ratios)
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,7 @@ class _Answers:
                 "chosen_log_probs": desirable(self.policy),
                 "rejected_log_probs": undesirable(self.policy),
                 "num_sequences": jnp.sum(self.mean.weights != 0),
+                "num_desirable": jnp.sum(desirable.weights != 0),
                 **metrics,
             },
         )

@@ -1,19 +1,22 @@
-"""Which numbers the preference losses give: worked by hand, identities between them, and where others differ.
+"""Which numbers the preference losses of pairs give: worked by hand, identities between them, where others differ.
 
 The two pairs: log-ratios to the reference of 1 and -1, and of -1 and 2. At beta = 1/2 the rewards are 1/2 and -1/2,
 and -1/2 and 1; the margins 1 and -3/2.
 """
 
+from functools import partial
 from math import exp, inf, isnan, log
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from preference_deviations import ANSWERS, DEVIATIONS, IS_DESIRABLE, PAIRS, cost, s
+from preference_deviations import DEVIATIONS, PAIRS, cost, s
 
 import jaxkd
 from jaxkd import preference
 from jaxkd.preference import f_po
+from tests.quick_programs import at_once
 
 
 def kl(p, q):
@@ -54,97 +57,87 @@ WORKED = {  # options, and the two losses
     "apo_down": ({}, s(0.5) + s(-1), s(-0.5) + s(1.5)),
 }
 FREE = {  # of log-probabilities -1 and -4 chosen, -3 and -1 rejected: margins 1 and -3/2 without a reference too
-    "cpo": ({"chosen_lengths": np.array([2.0, 4.0]), "alpha": 0.5}, cost(1) + 0.25, cost(-1.5) + 0.5),
+    "cpo": ({"chosen_lengths": np.array([2.0, 4.0]), "alpha": 0.6}, cost(1) + 0.5, cost(-1.5) + 0.5),
     "simpo": ({"gamma": 0.5}, cost(0.5), cost(-2)),
     "cpo_simpo": ({"gamma": 0.5, "alpha": 0.1}, cost(0.5) + 0.1, cost(-2) + 0.4),
+    "cpo_simpo, lengths": (
+        {"chosen_lengths": np.array([3, 1]), "gamma": 0.5, "alpha": 0.1},
+        cost(0.5) + 0.175,
+        cost(-2) + 0.175,
+    ),
+    "orpo, lengths": (
+        {"chosen_lengths": np.array([3, 1])},
+        1.75 + cost(log(odds(-1) / odds(-3))) / 2,
+        1.75 + cost(log(odds(-4) / odds(-1))) / 2,
+    ),
     "orpo": ({}, 1 + cost(log(odds(-1) / odds(-3))) / 2, 4 + cost(log(odds(-4) / odds(-1))) / 2),
 }
 
 
-@pytest.mark.parametrize("name", WORKED | FREE)
-def test_worked_numbers(name):
-    options, *losses = (WORKED | FREE)[name]
-    arrays = PAIRS if name in WORKED else PAIRS[:2]
-    loss, metrics = getattr(preference, name)(*arrays, beta=0.5, **options)
-    assert float(loss) == pytest.approx(sum(losses) / 2, rel=2e-6)
-    assert float(metrics["margin"]) == pytest.approx(-0.25)
-    assert float(metrics["accuracy"]) == 0.5
-    if name == "orpo":
-        assert float(metrics["log_odds_ratio"]) == pytest.approx(
-            log(odds(-1) / odds(-3) * odds(-4) / odds(-1)) / 2, rel=1e-5
+NLL = {"irpo": 0.75, "cpo": 5 / 6, "cpo_simpo": 2.5, "orpo": 2.5, "cpo_simpo, lengths": 1.75, "orpo, lengths": 1.75}
+
+
+def test_worked_numbers():
+    calls = {
+        name: partial(
+            getattr(preference, name.partition(",")[0]), *(PAIRS if name in WORKED else PAIRS[:2]), beta=0.5, **options
         )
-    if "nll" in metrics:
-        assert float(metrics["nll"]) == pytest.approx(2.5 if name in ("orpo", "cpo_simpo") else 0.75)
+        for name, (options, *_) in (WORKED | FREE).items()
+    }
+    for name, (loss, metrics) in at_once(calls).items():
+        assert float(loss) == pytest.approx(sum((WORKED | FREE)[name][1:]) / 2, rel=2e-6), name
+        assert float(metrics["margin"]) == pytest.approx(-0.25), name
+        assert float(metrics["accuracy"]) == 0.5, name
+        assert ("nll" in metrics) == (name in NLL), name
+        if name in NLL:
+            assert float(metrics["nll"]) == pytest.approx(NLL[name]), name
+        if name.startswith("orpo"):
+            log_odds_ratio = log(odds(-1) / odds(-3) * odds(-4) / odds(-1)) / 2
+            assert float(metrics["log_odds_ratio"]) == pytest.approx(log_odds_ratio, rel=1e-5)
 
 
-UNPAIRED = {
-    "kto": ({"desirable_weight": 2.0}, 2 * s(-5 / 6), s(-1 / 6), 2 * s(4 / 6)),
-    "kto, other answers": ({"kl_log_ratios": jnp.array([3.0, -1.0])}, s(-0.5), s(-0.5), s(1)),
-    "kto, negative": ({"kl_log_ratios": -2.0}, s(-1), s(0), s(0.5)),
-    "kto, known": ({"kl_log_ratios": 2.0}, s(0), s(-1), s(1.5)),
-    "bco": ({}, cost(0.875), cost(0.125), cost(-0.625)),  # shift: half of (1 - 1/2) / 2, and half of 0
-    "bco, given": ({"delta": 0.25}, cost(0.75), cost(0.25), cost(-0.75)),
+# Answers of 1, 3 and 5 tokens with NLLs of 2, 3 and 20, the last of weight 0; rejected ones as likely as the chosen.
+SUMS, LENGTHS = jnp.array([-2.0, -3.0, -20.0]), np.array([1, 3, 5])
+LIKELIHOODS = {  # loss, log-probabilities, options, and the NLL
+    "cpo": ("cpo", SUMS, {}, 5 / 4),
+    "cpo_simpo": ("cpo_simpo", SUMS / LENGTHS, {}, 5 / 4),
+    "orpo": ("orpo", SUMS / LENGTHS, {}, 5 / 4),
+    "irpo": ("irpo", SUMS, {}, (2 / 1 + 3 / 3) / 2),
+    "one length": ("cpo", SUMS, {"chosen_lengths": 4}, 5 / 8),
+    "one length, normalizer": ("cpo", SUMS, {"chosen_lengths": 4, "normalizer": 10.0}, 5 / 40),
+    "one length of averages": ("orpo", SUMS / LENGTHS, {"chosen_lengths": 4, "normalizer": 10.0}, 3 / 10),
+    "no lengths": ("orpo", SUMS / LENGTHS, {"chosen_lengths": None}, 3 / 2),
+    "no lengths, normalizer": ("cpo_simpo", SUMS / LENGTHS, {"chosen_lengths": None, "normalizer": 10.0}, 3 / 10),
+    "weights": ("cpo", SUMS, {"weights": np.array([1.0, 2.0, 0.0])}, (2 + 6) / (1 + 6)),
+    "weights of averages": ("orpo", SUMS / LENGTHS, {"weights": np.array([1.0, 2.0, 0.0])}, (2 + 6) / (1 + 6)),
+    "a part": ("cpo", SUMS, {"normalizer": 10.0, "nll_normalizer": 50.0}, 5 / 50),
+    "a part of averages": ("cpo_simpo", SUMS / LENGTHS, {"normalizer": 10.0, "nll_normalizer": 50.0}, 5 / 50),
 }
 
 
-@pytest.mark.parametrize("name", UNPAIRED)
-def test_worked_numbers_of_unpaired_answers(name):
-    options, *losses = UNPAIRED[name]
-    loss, metrics = getattr(preference, name[:3])(*ANSWERS, IS_DESIRABLE, beta=0.5, **options)
-    assert float(loss) == pytest.approx(sum(losses) / 3, rel=2e-6)
-    assert float(metrics["chosen_rewards"]) == pytest.approx(0.25)
-    assert float(metrics["rejected_rewards"]) == 0
-    assert float(metrics["margin"]) == pytest.approx(0.25)
-    assert float(metrics["chosen_log_probs"]) == -2
-    assert float(metrics["rejected_log_probs"]) == -2
-    assert float(metrics["num_sequences"]) == 3
-    if name in ("kto", "bco"):
-        assert float(metrics["accuracy"]) == pytest.approx(2 / 3)
-        baseline = metrics.get("kl", metrics.get("delta"))
-        assert float(baseline) == pytest.approx(1 / 3 if name == "kto" else 0.125)
+def test_likelihoods():
+    """Over the tokens of all chosen answers, as in TRL and Liger Kernel, but in IRPO and where there are no lengths."""
+    weights = np.array([1.0, 1.0, 0.0])
+
+    def call(name, log_probs, options):
+        arrays = [log_probs] * (4 if name == "irpo" else 2)
+        return lambda: getattr(preference, name)(*arrays, **{"chosen_lengths": LENGTHS, "weights": weights} | options)
+
+    results = at_once({row: call(*parts) for row, (*parts, _) in LIKELIHOODS.items()})
+    for row, (_, metrics) in results.items():
+        assert float(metrics["nll"]) == pytest.approx(LIKELIHOODS[row][-1], rel=1e-6), row
 
 
-def test_answers_of_one_kind_alone():
-    """The shift is their mean, and metrics of the other kind are 0."""
-    loss, metrics = preference.bco(*ANSWERS, jnp.array([False] * 3), beta=0.5)
-    assert float(metrics["delta"]) == pytest.approx(1 / 6)
-    assert float(loss) == pytest.approx((cost(-5 / 6) + cost(1 / 6) + cost(2 / 3)) / 3)
-    assert float(metrics["chosen_rewards"]) == 0
+def test_odds_of_certain_answers_have_a_gradient():
+    """Where log p is 0 the slope of the log-odds is that at log p = -eps, 1 / eps: it pushes a certain rejected answer.
 
-
-# Two answers, of two tokens and of one: ratios 1.5 and 0.5, and 1.1; KL estimates exp(d) - d - 1 at d = 0.5, 0 and 0.
-POLICY = jnp.array([[-2.0, -2.0], [-1.0, -9.0]])
-OLD = POLICY - jnp.log(jnp.array([[1.5, 0.5], [1.1, 7.0]]))
-REFERENCE = POLICY + jnp.array([[0.5, 0.0], [0.0, 9.0]])
-MASK = jnp.array([[True, True], [True, False]])
-KL = exp(0.5) - 1.5
-MEAN_RATIO = (1.5 * 0.5) ** 0.5
-TOKENS = {  # options, advantages, loss, clipped tokens of the three
-    "grpo": ({}, (2.0, -1.0), ((-2.4 - 1 + 0.1 * KL) / 2 + 1.1) / 2, 1),
-    "grpo, low": ({}, (-1.0, 1.0), ((1.5 + 0.8 + 0.1 * KL) / 2 - 1.1) / 2, 1),
-    "dr_grpo": ({"max_length": 4}, (2.0, -1.0), ((-2.4 - 1 + 0.1 * KL) / 4 + 1.1 / 4) / 2, 1),
-    "dapo": ({}, (2.0, -1.0), (-2.56 - 1 + 0.1 * KL + 1.1) / 3, 1),
-    "gspo": ({"epsilon_low": 0.2, "epsilon_high": 0.05}, (1.0, 1.0), (-MEAN_RATIO + 0.05 * KL - 1.05) / 2, 1),
-    "cispo": ({"max_ratio": 1.2}, (2.0, -1.0), (1.2 * 4 + 0.5 * 4 + 0.1 * KL - 1.1) / 3, 1),
-}
-
-
-@pytest.mark.parametrize("name", TOKENS)
-def test_worked_numbers_of_tokens(name):
-    options, advantages, expected, clipped = TOKENS[name]
-    function = getattr(preference, name.split(",")[0])
-    loss, metrics = function(POLICY, OLD, REFERENCE, jnp.array(advantages), MASK, beta=0.1, **options)
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert float(metrics["kl"]) == pytest.approx(KL / 3, rel=1e-5)
-    assert float(metrics["clip_fraction"]) == pytest.approx(clipped / 3)
-    assert float(metrics["log_probs"]) == pytest.approx(-5 / 3)
-    assert float(metrics["num_tokens"]) == 3
-
-
-def test_without_old_the_ratio_is_1_and_without_reference_there_is_no_kl():
-    loss, metrics = preference.grpo(POLICY, None, None, jnp.array([2.0, -1.0]), MASK)
-    assert float(loss) == pytest.approx(-0.5)
-    assert float(metrics["kl"]) == 0
+    A certain chosen one's log-odds are 1 above log(1 / eps), and -log 2 has even odds: beta (eps / e) / eps is left.
+    """
+    eps = 2.0**-23
+    certain, even = jnp.zeros(1), jnp.full(1, -log(2))
+    slopes = jax.grad(lambda x, y: preference.orpo(x, y, beta=0.5)[0], (0, 1))
+    assert float(slopes(even, certain)[1][0]) == pytest.approx(0.5 / eps, rel=1e-3)
+    assert float(slopes(certain, even)[0][0]) == pytest.approx(-1 - 0.5 / exp(1), rel=1e-3)
 
 
 IDENTITIES = {
@@ -169,13 +162,17 @@ IDENTITIES = {
 }
 
 
-@pytest.mark.parametrize("name", IDENTITIES)
-def test_identities(name, x64):
-    one, options, other, other_options, difference = IDENTITIES[name]
+def test_identities(x64):
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(-20 * rng.random(50)) for _ in range(4)]
-    got, want = one(*arrays, **options)[0], other(*arrays, **other_options)[0]
-    assert float(got - want) == pytest.approx(difference, abs=1e-12)
+    calls = {
+        name: lambda one=one, options=options, other=other, others=others: (
+            one(*arrays, **options)[0] - other(*arrays, **others)[0]
+        )
+        for name, (one, options, other, others, _) in IDENTITIES.items()
+    }
+    for name, difference in at_once(calls).items():
+        assert float(difference) == pytest.approx(IDENTITIES[name][-1], abs=1e-12), name
 
 
 def test_f_po_at_zero_smoothing_is_finite_where_the_divergence_is():
@@ -183,9 +180,10 @@ def test_f_po_at_zero_smoothing_is_finite_where_the_divergence_is():
     assert f_po(*PAIRS, divergence=jaxkd.reverse_kl, label_smoothing=0.0)[0] == inf
 
 
-@pytest.mark.parametrize("name", DEVIATIONS)
-def test_deviations_from_others(name):
-    reason, theirs, ours, evaluate = DEVIATIONS[name]
-    assert reason
-    assert isnan(theirs) or abs(theirs - ours) > 1e-3 * abs(ours)
-    assert float(evaluate()[0]) == pytest.approx(ours, rel=1e-5)
+def test_deviations_from_others():
+    results = at_once({name: evaluate for name, (_, _, _, evaluate, _) in DEVIATIONS.items()})
+    for name, (reason, theirs, ours, _, who) in DEVIATIONS.items():
+        assert reason
+        assert set(who.split(", ")) <= {"Liger", "TRL", "sentence-transformers"}
+        assert isnan(theirs) or abs(theirs - ours) > 1e-3 * abs(ours), name
+        assert float(results[name][0]) == pytest.approx(ours, rel=1e-5), name

@@ -1,4 +1,4 @@
-"""What the embedding losses share: their checks, row weights and metrics."""
+"""Rows of embeddings: what the arrays must be, which rows count and how much, and how many are compared at a time."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd.embedding.similarity import widened
-from jaxkd.loop.checks import check_scalar, check_weights
+from jaxkd.loop.checks import check_floating, check_scalar, check_weights
 from jaxkd.loop.chunk_size import default_chunk_size
 
 
@@ -42,11 +42,6 @@ def as_embeddings(**embeddings: Any) -> list[jax.Array]:
     return [jnp.asarray(x) for x in embeddings.values()]
 
 
-def check_floating(name: str, x: Any) -> None:
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`{name}` is {getattr(x, 'dtype', type(x).__name__)}; give an array of floating type")
-
-
 def check_same_type(name: str, x: Any, other: str, y: Any) -> None:
     if x.dtype != y.dtype:
         raise TypeError(f"`{name}` is {x.dtype} but `{other}` is {y.dtype}; give one type")
@@ -56,4 +51,4 @@ def check_counting(embeddings: jax.Array, weights: Any, normalizer: Any) -> None
     if weights is not None:
         check_weights(weights, embeddings.shape[:1], "embeddings")
     if normalizer is not None:
-        check_scalar("normalizer", normalizer, above=0)
+        check_scalar("normalizer", normalizer, at_least=0)

@@ -1,0 +1,99 @@
+"""Rows that do not count add exactly nothing to an embedding loss, whatever they hold, by whatever way they go.
+
+Every loss, cut to several sizes too, eagerly and compiled.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd import embedding
+from tests.embedding_cases import CASES, MATRYOSHKA, ONE_OF_EACH, WEIGHTS, B, batch, check, exact_gradients
+from tests.quick_programs import QUICK
+
+ALL = CASES | MATRYOSHKA
+every_loss = pytest.mark.parametrize("name", ALL)
+EAGER = [*ONE_OF_EACH, "matryoshka of triplet"]
+both_ways = pytest.mark.parametrize(
+    ("name", "is_jitted"), [(name, True) for name in ALL] + [(name, False) for name in EAGER]
+)
+
+
+def evaluate(name, is_jitted, inputs, weights):
+    if is_jitted:
+        return ALL[name].value_and_grad(inputs, weights)
+    return jax.value_and_grad(lambda inputs: ALL[name].loss(inputs, weights=weights), has_aux=True)(inputs)
+
+
+def is_zero(result):
+    (loss, metrics), gradients = result
+    return loss == 0 and all(x == 0 for x in metrics.values()) and not any(np.any(x) for x in gradients)
+
+
+def poisoned(name):
+    inputs = [x.copy() for x in ALL[name].inputs(np.float32)]
+    for x, value in zip(inputs, (np.nan, np.inf, -np.inf), strict=False):
+        x[WEIGHTS == 0] = value
+    return tuple(jnp.asarray(x) for x in inputs)
+
+
+@both_ways
+def test_a_row_of_weight_0_is_not_there(name, is_jitted):
+    """Not even as a candidate, whatever it holds: the truth leaves it out."""
+    exact = [x.astype(np.float64) for x in ALL[name].inputs(np.float32)]
+    loss = ALL[name].truth(exact, weights=WEIGHTS)
+    result = evaluate(name, is_jitted, poisoned(name), jnp.asarray(WEIGHTS, jnp.float32))
+    check(result, loss, exact_gradients(name, True, np.float32), 5e-6, 1e-6)
+    assert all(np.isfinite(x) for x in result[0][1].values())
+    assert not any(np.asarray(g)[WEIGHTS == 0].any() for g in result[1])
+
+
+@both_ways
+def test_nothing_counts(name, is_jitted):
+    inputs = tuple(jnp.full_like(x, np.nan) for x in ALL[name].inputs(np.float32))
+    assert is_zero(evaluate(name, is_jitted, inputs, jnp.zeros(B)))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_matryoshka_does_not_see(value, normalize):
+    """Those that a function holds itself: its dead rows are cut and normalised as all others are."""
+    anchors, positives, _ = (jnp.asarray(x, jnp.float32) for x in batch())
+    weights = jnp.asarray(WEIGHTS, jnp.float32)
+    dead = weights[:, None] == 0
+
+    def own(anchors, positives):
+        return embedding.triplet(anchors, positives, positives[::-1], margin=0.3, weights=weights)
+
+    function = embedding.matryoshka(own, (4, 2), normalize=normalize)
+    gradient = jax.jit(jax.value_and_grad(lambda *x: function(*x)[0], (0, 1)), compiler_options=QUICK)
+    results = [gradient(jnp.where(dead, x, anchors), positives) for x in (0, value)]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert np.isfinite(results[1][0])
+
+
+@every_loss
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_zeros_and_equal_rows_have_finite_gradients(name, value):
+    inputs = tuple(np.full_like(x, value) for x in ALL[name].inputs(np.float32))
+    (loss, _), gradients = ALL[name].value_and_grad(inputs, np.ones(B, np.float32))
+    assert np.isfinite(float(loss))
+    assert all(np.isfinite(np.asarray(g)).all() for g in gradients)
+    if value == 0:
+        assert not any(np.asarray(g).any() for g in gradients)
+
+
+DIVIDED = [name for name in ONE_OF_EACH if name != "cosent"]
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_an_empty_micro_batch(name):
+    """A normalizer of 0 gives 0, also where it is not known before."""
+    inputs = ALL[name].inputs(np.float32)
+    divided = lambda normalizer: ALL[name].loss(inputs, weights=jnp.zeros(B), normalizer=normalizer)  # noqa: E731
+    loss, metrics = jax.jit(divided, compiler_options=QUICK)(0.0)
+    assert loss == 0
+    assert all(x == 0 for x in metrics.values())
+    if name != "info_nce":  # a known 0 is checked where `chunked_loss` checks its own
+        assert divided(0.0)[0] == 0
