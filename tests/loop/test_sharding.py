@@ -17,13 +17,17 @@ from jax.sharding import PartitionSpec as P
 import jaxkd
 
 ROOT = Path(__file__).parents[2]
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # quick to compile
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 
 def start(arguments, flags):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    environment |= {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+    }
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
