@@ -43,6 +43,7 @@ def _quick_to_compile():
 
 
 _quick_to_compile()
+jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; all others see the first
 
 
 def _has_gpu() -> bool:

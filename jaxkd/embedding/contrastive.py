@@ -16,6 +16,7 @@ from jaxkd.embedding.embedding_rows import (
 )
 from jaxkd.embedding.similarity import CosineLogits
 from jaxkd.logits import logits_dtype
+from jaxkd.loop import Metrics, metrics_of
 from jaxkd.loop.checks import check_floating, check_scalar, check_size
 from jaxkd.losses.chunked_losses import chunked_loss
 

@@ -1,5 +1,8 @@
 """The chunk size is a matter of memory: it changes no number."""
 
+import itertools
+from functools import partial
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ def check(rows, vocabulary, chunk_size):
     student = cases.head(0, rows, 8, vocabulary, bias=True).astype(jnp.float32)
     teacher = cases.head(1, rows, 5, vocabulary).astype(jnp.float32)
     labels = cases.some_labels(2, rows, vocabulary, ignored=0.2)
-    result = cases.value_and_grad(
+    result = cases.traced_value_and_grad(
         student, teacher, labels, divergence=cases.DIVERGENCES[DIVERGENCE].make(), chunk_size=chunk_size, **OPTIONS
     )
     truth = cases.distillation(cases.twin(student), cases.twin(teacher), labels, divergence=DIVERGENCE, **OPTIONS)
@@ -48,7 +51,7 @@ def test_vocabularies_around_a_block(vocabulary):
     check(9, vocabulary, 4)
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(rows=st.integers(1, 40), vocabulary=st.integers(2, 300), chunk_size=st.integers(1, 50))
 @example(rows=29, vocabulary=211, chunk_size=7)
 def test_any_sizes(rows, vocabulary, chunk_size):
@@ -63,7 +66,7 @@ def test_leading_axes_are_flattened():
     )
 
     def run(student, teacher, labels, weights):
-        return cases.value_and_grad(
+        return cases.traced_value_and_grad(
             student.astype(jnp.float32), teacher.astype(jnp.float32), labels, weights=weights, chunk_size=4
         )
 
@@ -95,6 +98,18 @@ def test_no_rows_at_all(shape):
     assert not any(np.any(x) for x in jax.tree.leaves(gradient))
 
 
+SIZES = [5, 6, 7, 12, 16, 37, 4096, None]
+QUICK = (
+    [(size, jnp.float32, True) for size in SIZES]
+    + [(size, jnp.float32, False) for size in (6, 16, None)]
+    + [(size, jnp.bfloat16, True) for size in (7, 16, None)]
+)
+PIECES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(SIZES, (jnp.float32, jnp.bfloat16), (True, False))
+]
+
+
 class TestPieces:
     """A chunk whose logits are formed a piece at a time."""
 
@@ -102,19 +117,25 @@ class TestPieces:
     def _small_pieces(self, monkeypatch):
         monkeypatch.setattr(chunk_size, "PIECE_BYTES", 6 * 2 * 123 * 4)  # six rows of student and teacher
 
-    @pytest.mark.parametrize("chunk_size", [5, 6, 7, 12, 16, 37, 4096, None])
-    @pytest.mark.parametrize("ignored", [0.0, 0.6, 1.0])
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-    def test_any_chunk_size(self, chunk_size, ignored, dtype):
+    @pytest.mark.parametrize(("chunk_size", "dtype", "labelled"), PIECES)
+    def test_any_chunk_size(self, chunk_size, dtype, labelled):
         student = cases.head(0, 37, 8, 123).astype(dtype)
         teacher = cases.head(1, 37, 5, 123).astype(dtype)
-        labels = cases.some_labels(2, 37, 123, ignored=ignored) if ignored else None
-        options = OPTIONS if ignored else {"temperature": 1.5}
-        result = cases.value_and_grad(
-            student, teacher, labels, divergence=cases.DIVERGENCES[DIVERGENCE].make(), chunk_size=chunk_size, **options
+        options = OPTIONS if labelled else {"temperature": 1.5}
+        loss = partial(
+            jaxkd.distillation_loss,
+            divergence=cases.DIVERGENCES[DIVERGENCE].make(),
+            chunk_size=chunk_size,
+            **options,
         )
-        truth = cases.distillation(cases.twin(student), cases.twin(teacher), labels, divergence=DIVERGENCE, **options)
-        cases.check(result, truth, loss=3e-6, gradient=1e-5 if dtype == jnp.float32 else 5e-3)
+        value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        for ignored in (0.6, 1.0) if labelled else (0.0,):
+            labels = cases.some_labels(2, 37, 123, ignored=ignored) if labelled else None
+            result = value_and_grad(student, teacher, labels)
+            truth = cases.distillation(
+                cases.twin(student), cases.twin(teacher), labels, divergence=DIVERGENCE, **options
+            )
+            cases.check(result, truth, loss=3e-6, gradient=1e-5 if dtype == jnp.float32 else 5e-3)
 
     @pytest.mark.parametrize("transform", [{"bias": True}, {"scale": 0.5}, {"softcap": 20.0}])
     def test_a_head_that_needs_its_logits_again(self, transform):
@@ -157,7 +178,8 @@ class TestPieces:
         def loss(student, chunk_size):
             return jaxkd.chunked_loss(of_rows, student, labels, chunk_size=chunk_size)[0]
 
-        pieces, rows = (jax.value_and_grad(loss)(student, size) for size in (20, 5))
+        value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+        pieces, rows = (value_and_grad(student, size) for size in (20, 5))
         for a, b in zip(jax.tree.leaves(pieces), jax.tree.leaves(rows), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
