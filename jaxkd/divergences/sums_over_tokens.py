@@ -181,17 +181,42 @@ Source: Hellinger, "Neue Begründung der Theorie quadratischer Formen von unendl
 
 
 def _alpha_divergence_term(log_p, log_q, alpha):
-    # alpha p + (1 - alpha) q sums to 1; with it every term is >= 0 and small where p = q.
+    """(alpha p + (1 - alpha) q - p^alpha q^(1 - alpha)) / (alpha (1 - alpha)): >= 0, and of second order where p = q.
+
+    alpha p + (1 - alpha) q sums to 1, so the sum over tokens is that of the definition. To keep its digits for every
+    ``alpha`` it is ``(b - a - (a^(1 - c) b^c - a) / c) / (1 - c)``: ``c = min(alpha, 1 - alpha)``, and a, b = q, p or,
+    where alpha > 1/2, p, q. Only c can be small, and `expm1` has the difference over it. Near p = q the two differences
+    cancel, and their Taylor series in ``d = log(b / a)`` is summed:
+    ``a d^2 (1/2! + (1 + c) d/3! + (1 + c + c^2) d^2/4! + ...)``.
+    """
+    swap = alpha > 0.5
+    log_a, log_b = jnp.where(swap, log_p, log_q), jnp.where(swap, log_q, log_p)
+    c = jnp.minimum(alpha, 1 - alpha)
     both_zero = (log_p == -jnp.inf) & (log_q == -jnp.inf)
-    product = jnp.where(both_zero, 0, jnp.exp(alpha * log_p + (1 - alpha) * log_q))
-    return (alpha * jnp.exp(log_p) + (1 - alpha) * jnp.exp(log_q) - product) / (alpha * (1 - alpha))
+    d = jnp.where(both_zero, 0, log_b - log_a)
+    log_product = jnp.where(both_zero, -jnp.inf, (1 - c) * log_a + c * log_b)
+    a, b, product = jnp.exp(log_a), jnp.exp(log_b), jnp.exp(log_product)
+
+    def minus_a(x, log_ratio):
+        return jnp.where(jnp.abs(log_ratio) < 1, a * jnp.expm1(jnp.clip(log_ratio, -1, 1)), x - a)
+
+    far = (minus_a(b, d) - minus_a(product, c * d) / c) / (1 - c)
+    num_terms = jnp.finfo(log_p.dtype).bits // 4  # what is left out is less than a rounding
+    powers = [jnp.ones_like(c)]  # 1 + c + c^2 + ...
+    while len(powers) < num_terms:
+        powers.append(1 + c * powers[-1])
+    is_near, d = jnp.maximum(1, jnp.abs(c)) * jnp.abs(d) < 0.5, jnp.clip(d, -0.5, 0.5)
+    series = powers[-1] / math.factorial(num_terms + 1)
+    for k in reversed(range(num_terms - 1)):
+        series = series * d + powers[k] / math.factorial(k + 2)
+    return jnp.where(is_near, a * (d * d) * series, far)
 
 
 def alpha_divergence(alpha: ArrayLike = 0.5) -> Divergence:
     """Amari's alpha-divergence (1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)).
 
-    ``alpha=1`` is forward KL and ``alpha=0`` reverse KL, its limits, recognised when ``alpha`` is known at tracing; 0.5
-    is four times `hellinger`. Near the ends, and traced, it loses digits to the denominator.
+    ``alpha=1`` is forward KL and ``alpha=0`` reverse KL, its limits, recognised when ``alpha`` is known at tracing; a
+    traced ``alpha`` is any number but these, and keeps its digits near them. 0.5 is four times `hellinger`.
 
     Source: Amari, "Differential-Geometrical Methods in Statistics", 1985.
 

@@ -50,10 +50,21 @@ DETERMINISTIC = {
 }
 
 
-def soft_loss(divergence, log_p, log_q):
-    """The mean divergence of the rows, through the public function."""
-    loss, _ = jaxkd.distillation_loss(jaxkd.Logits(log_q), jaxkd.Logits(log_p), divergence=divergence)
-    return loss
+@jax.jit
+def value_and_gradient(divergence, teacher, student):
+    """The mean divergence of the rows and its gradient to the student, through the public function.
+
+    It is compiled once for a term and a shape: the parameters are traced.
+    """
+
+    def soft_loss(student):
+        return jaxkd.distillation_loss(jaxkd.Logits(student), jaxkd.Logits(teacher), divergence=divergence)[0]
+
+    return jax.value_and_grad(soft_loss)(student)
+
+
+def soft_loss(divergence, teacher, student):
+    return value_and_gradient(divergence, teacher, student)[0]
 
 
 def log(*probabilities):
@@ -62,9 +73,7 @@ def log(*probabilities):
 
 @pytest.mark.parametrize("name", WORKED)
 def test_worked_by_hand(name):
-    value, slope = jax.value_and_grad(soft_loss, argnums=2)(
-        cases.DIVERGENCES[name].make(), log(0.5, 0.5), log(0.25, 0.75)
-    )
+    value, slope = value_and_gradient(cases.DIVERGENCES[name].make(), log(0.5, 0.5), log(0.25, 0.75))
     want, first = WORKED[name]
     np.testing.assert_allclose(value, want, rtol=2e-6)
     np.testing.assert_allclose(slope, [[first, -first]], rtol=2e-6)
@@ -82,31 +91,75 @@ rows = hnp.arrays(np.float32, (3, 11), elements=st.floats(-60, 60, width=32))
 BOUNDS = {"jensen_shannon": ln(2), "total_variation": 1.0, "hellinger": 1.0, "alpha_divergence": 4.0, "skew_kl": ln(10)}
 
 
-@pytest.mark.parametrize("name", cases.ONE_OF_EACH)
-@given(teacher=rows, student=rows)
-def test_laws(name, teacher, student):
-    divergence = cases.DIVERGENCES[name].make()
-    value, dz = value_and_gradient(divergence, teacher, student)
-    assert 0 <= value <= BOUNDS.get(name, math.inf) * (1 + 1e-6)
-    np.testing.assert_allclose(dz.sum(-1), 0, atol=2e-6 * (1 + 3 * value))
-    shifted, _ = value_and_gradient(divergence, teacher + 3, student - 2)
-    np.testing.assert_allclose(shifted, value, rtol=1e-4, atol=1e-6)
-    permutation = np.random.default_rng(0).permutation(11)
-    permuted, _ = value_and_gradient(divergence, teacher[:, permutation], student[:, permutation])
-    np.testing.assert_allclose(permuted, value, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", cases.DIVERGENCES)
-@given(logits=rows)
-def test_zero_of_a_distribution_to_itself(name, logits):
-    value, dz = value_and_gradient(cases.DIVERGENCES[name].make(), logits, logits)
-    assert 0 <= value <= 1e-6
-    assert np.abs(dz).max() < 1e-6
-
-
 @jax.jit
-def value_and_gradient(divergence, teacher, student):
-    return jax.value_and_grad(soft_loss, argnums=2)(divergence, teacher, student)
+def rounding(divergence, teacher, student, units):
+    """How far the mean of float32 rows may be off, to first order.
+
+    In units in the last place (eps / 2 of the value) a log-probability ``x`` is off by ``|x|``, its own rounding, and
+    its row's normaliser by 12: a sum of eleven exponentials, which are the same ones in any order (10), and the
+    logarithm of a number up to eleven (2). ``units`` are those that the logits were off before.
+    """
+    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+    off_p, off_q = (jnp.finfo(x.dtype).eps / 2 * (jnp.abs(x) + 12 + units) for x in (log_p, log_q))
+
+    def moves(log_q):
+        zero = jnp.zeros_like(log_q)
+        by_p, by_q = (
+            jax.jvp(lambda p, q: divergence.term(p, q, *divergence.parameters), (log_p, log_q), tangents)[1]
+            for tangents in ((off_p, zero), (zero, off_q))
+        )
+        return jnp.abs(by_p) + jnp.abs(by_q)
+
+    # On either side, since the total variation has no slope between them.
+    return jnp.mean(jnp.sum(jnp.maximum(moves(log_q - off_q), moves(log_q + off_q)), axis=-1))
+
+
+@given(teacher=rows, student=rows)
+def test_laws(teacher, student):
+    permutation = np.random.default_rng(0).permutation(11)
+    for name in cases.ONE_OF_EACH:
+        divergence = cases.DIVERGENCES[name].make()
+        value, dz = value_and_gradient(divergence, teacher, student)
+        assert 0 <= value <= BOUNDS.get(name, math.inf) * (1 + 1e-6), name
+        np.testing.assert_allclose(dz.sum(-1), 0, atol=2e-6 * (1 + 3 * value), err_msg=name)
+        shifted = soft_loss(divergence, teacher + 3, student - 2)
+        permuted = soft_loss(divergence, teacher[:, permutation], student[:, permutation])
+        # Both sides of a comparison are off; a logit as large as 63 is rounded where it is shifted.
+        for other, units in ((shifted, 63.0), (permuted, 0.0)):
+            bound = 2 * float(rounding(divergence, teacher, student, units))
+            np.testing.assert_allclose(other, value, rtol=0, atol=bound, err_msg=name)
+
+
+@given(logits=rows)
+def test_zero_of_a_distribution_to_itself(logits):
+    for name, case in cases.DIVERGENCES.items():
+        value, dz = value_and_gradient(case.make(), logits, logits)
+        assert 0 <= value <= 1e-6, name
+        assert np.abs(dz).max() < 1e-6, name
+
+
+def test_alpha_divergence_keeps_its_digits():
+    """Term and slope are right to float32 rounding at any distance and any alpha, its ends' surroundings included."""
+    alphas = np.array([0.5, 0.3, 1e-4, 1 - 1e-4, -1.0, 2.0])
+    rng = np.random.default_rng(0)
+    gaps = np.array([3, 1, 0.1, 0.01, 1e-3])[:, None, None]
+    z = rng.normal(scale=3, size=(5, 7, 211))
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (z, z + gaps * rng.normal(size=z.shape)))
+
+    @jax.jit
+    @jax.vmap
+    def term_and_slope(alpha):
+        return jaxkd.alpha_divergence(alpha).term_and_slope(log_p, log_q)
+
+    terms, slopes = term_and_slope(np.float32(alphas))
+    for alpha, term, slope in zip(np.float64(np.float32(alphas)), terms, slopes, strict=True):
+        lp, lq = np.longdouble(log_p), np.longdouble(log_q)
+        product = np.exp(alpha * lp + (1 - alpha) * lq)
+        want = (alpha * np.exp(lp) + (1 - alpha) * np.exp(lq) - product) / (alpha * (1 - alpha))
+        for i in range(len(gaps)):
+            np.testing.assert_allclose(np.float64(term[i]).sum(-1), want[i].sum(-1), rtol=1e-6, err_msg=f"{alpha}")
+            want_slope = (np.exp(lq[i]) - product[i]) / alpha
+            assert cases.relative_error(slope[i], want_slope) <= 1e-6, alpha
 
 
 SYMMETRIC = ["jensen_shannon", "symmetric_kl", "total_variation", "hellinger", "alpha_divergence"]
@@ -117,6 +170,18 @@ def test_symmetric(name, x64):
     p, q = np.random.default_rng(0).normal(scale=3, size=(2, 5, 17))
     divergence = cases.DIVERGENCES[name].make()
     np.testing.assert_allclose(soft_loss(divergence, p, q), soft_loss(divergence, q, p), rtol=1e-12)
+
+
+@pytest.mark.parametrize("gap", [3.0, 1e-3])
+@pytest.mark.parametrize("name", cases.ONE_OF_EACH)
+def test_neither_a_shift_nor_the_order_matters(name, gap, x64):
+    """The laws again to the digits of float64, near the teacher too."""
+    p, noise = np.random.default_rng(0).normal(scale=3, size=(2, 5, 17))
+    q, order = p + gap * noise, np.random.default_rng(1).permutation(17)
+    divergence = cases.DIVERGENCES[name].make()
+    value = soft_loss(divergence, p, q)
+    np.testing.assert_allclose(soft_loss(divergence, p + 3, q - 2), value, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(soft_loss(divergence, p[:, order], q[:, order]), value, rtol=1e-12, atol=1e-14)
 
 
 MIRRORED = [

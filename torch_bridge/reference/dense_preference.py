@@ -122,7 +122,7 @@ def apo_down(a, b, beta):
 
 
 def _nll_of_tokens(log_probs, lengths, nll_normalizer, weights, normalizer):
-    """Of log-probabilities averaged over tokens: the sum over all tokens over their number; without lengths the mean."""
+    """Of log-probabilities averaged over tokens: the sum over all tokens by their number; without lengths the mean."""
     if lengths is None:
         return _mean(-log_probs, weights, normalizer)
     return _mean(-log_probs * lengths, weights, nll_normalizer, counts=lengths)
