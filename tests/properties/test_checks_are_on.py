@@ -50,7 +50,8 @@ def test_what_is_left_out_without_torch_is_what_imports_it():
         if "torch" in source_tree.everything_imported(name) | {x.split(".")[0] for x in source_tree.imports(name)}
     }
     left_out = {name for name, path in TEST_FILES.items() if left_out_without_torch(path)}
-    assert needs == left_out
+    assert needs <= left_out
+    assert {name for name in left_out if name.startswith("test_")} <= needs
 
 
 @pytest.mark.parametrize("pattern", conftest.NEEDS_TORCH)
