@@ -1,5 +1,6 @@
 """`info_nce`: each anchor against all candidates, a chunk of anchors at a time."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ from jaxkd.embedding.embedding_rows import (
     chunk_size_for,
     only,
 )
+from jaxkd.embedding.over_devices import Devices, over_devices
 from jaxkd.embedding.similarity import CosineLogits
 from jaxkd.logits import logits_dtype
-from jaxkd.loop import Metrics, metrics_of
+from jaxkd.loop import Metrics, Sharding, metrics_of
 from jaxkd.loop.checks import check_floating, check_scalar, check_size
 from jaxkd.losses.chunked_losses import chunked_loss
 
@@ -31,6 +33,7 @@ def info_nce(
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
     chunk_size: int | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """InfoNCE, alias multiple negatives ranking: each anchor shall find its positive among all candidates.
 
@@ -49,6 +52,8 @@ def info_nce(
       normalizer: what divides the sum; None is the sum of the weights.
       chunk_size: rows whose similarities exist at a time, at most; None takes an eighth of the rows, or as many as
         256 MiB allow where that is less.
+      sharding: a `jaxkd.Sharding` that says over which mesh axes the rows are split; None is one device, or on Explicit
+        mesh axes what the types of the arrays say. Candidates are gathered as embeddings, never as similarities.
 
     ``weights`` and ``normalizer`` are constants: asking for their gradient raises an error.
 
@@ -79,29 +84,37 @@ def info_nce(
     if chunk_size is not None:
         check_size("chunk_size", chunk_size)
 
+    of_devices = partial(_info_nce, symmetric, chunk_size)
+    rows = {"anchors": anchors, "positives": positives, "negatives": negatives, "weights": weights}
+    return over_devices(sharding, of_devices, rows, {"scale": scale, "normalizer": normalizer})
+
+
+def _info_nce(
+    symmetric: bool, chunk_size: int | None, devices: Devices, rows: dict[str, Any], shared: dict[str, Any]
+) -> tuple[jax.Array, Metrics]:
+    anchors, positives, negatives, weights = (rows[x] for x in ("anchors", "positives", "negatives", "weights"))
     counts = None
     if weights is not None:
         weights = jnp.asarray(weights, logits_dtype(anchors))
         counts = weights != 0
         anchors, positives = only(counts, anchors), only(counts, positives)
         negatives = None if negatives is None else only(counts, negatives)
+    num_rows = anchors.shape[0]
 
     def direction(queries: jax.Array, *candidates: jax.Array) -> tuple[jax.Array, Metrics]:
         there = counts
         if counts is not None:
-            there = jnp.concatenate([jnp.repeat(counts, x.size // queries.size) for x in candidates])
-        among = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in candidates])  # (M, D)
-        num_rows = queries.shape[0]
+            there = jnp.concatenate([devices.gather(jnp.repeat(counts, x.size // queries.size)) for x in candidates])
+        among = jnp.concatenate([devices.gather(x.reshape(-1, x.shape[-1])) for x in candidates])  # (M, D)
         return chunked_loss(
             _cross_entropy,
-            CosineLogits(queries, among, scale=scale),
-            jnp.arange(num_rows, dtype=jnp.int32),
+            CosineLogits(queries, among, scale=shared["scale"]),
+            devices.positions(num_rows),
             shared=there,
             weights=weights,
-            normalizer=normalizer,
-            chunk_size=chunk_size_for(num_rows, among.shape[0], logits_dtype(queries))
-            if chunk_size is None
-            else chunk_size,
+            normalizer=shared["normalizer"],
+            chunk_size=chunk_size or chunk_size_for(num_rows, among.shape[0], logits_dtype(queries)),
+            sharding=devices.sharding,
         )
 
     loss, metrics = direction(anchors, positives, *(() if negatives is None else (negatives,)))
@@ -109,8 +122,8 @@ def info_nce(
         backward_loss, backward = direction(positives, anchors)
         loss = (loss + backward_loss) / 2
         metrics = metrics | {"accuracy": (metrics["accuracy"] + backward["accuracy"]) / 2}
-    num_rows = anchors.shape[0] if counts is None else jnp.sum(counts)
-    return loss, metrics_of({"accuracy": metrics["accuracy"], "num_rows": num_rows})
+    counted = metrics["num_rows"] if counts is None else devices.total(jnp.sum(counts, dtype=jnp.float32))
+    return loss, metrics_of({"accuracy": metrics["accuracy"], "num_rows": counted})
 
 
 def _cross_entropy(logits: Float[Array, "C M"], labels: Int[Array, " C"], per_row: Any, there: Any) -> tuple[Any, Any]:

@@ -8,8 +8,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxkd.embedding.embedding_rows import as_embeddings, check_counting, weigh_rows
+from jaxkd.embedding.over_devices import Devices, over_devices
 from jaxkd.embedding.similarity import cosine_similarity
-from jaxkd.loop import Metrics, metrics_of
+from jaxkd.loop import Metrics, Sharding, metrics_of
 from jaxkd.loop.checks import check_scalar
 
 
@@ -20,6 +21,7 @@ def cosent(
     *,
     scale: ArrayLike = 20.0,
     weights: ArrayLike | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """CoSENT: pairs labelled as more similar shall be more similar.
 
@@ -33,6 +35,7 @@ def cosent(
       labels: (B,) numbers, of which only the order matters: how similar the two are. A NaN makes the loss NaN.
       scale: the inverse temperature, above 0; it may be traced, and a gradient reaches it.
       weights: (B,) non-negative factors of the rows, or None for 1. There is no normalizer: the loss is no mean.
+      sharding: as in `info_nce`; what is gathered is one number a row.
 
     Returns:
       The loss, and metrics ``{"num_rows", "num_pairs"}``: rows that count, and terms of the sum.
@@ -57,10 +60,16 @@ def cosent(
         raise ValueError(f"`labels` has shape {shape} but `first` has B={first.shape[0]}; give ({first.shape[0]},)")
     check_counting(first, weights, None)
 
-    row_weights, (first, second) = weigh_rows(weights, first, second)
-    labels = jnp.asarray(labels)
-    scores = jnp.asarray(scale, row_weights.dtype) * cosine_similarity(first, second)
+    rows = {"first": first, "second": second, "labels": labels, "weights": weights}
+    return over_devices(sharding, _cosent, rows, {"scale": scale})
+
+
+def _cosent(devices: Devices, rows: dict[str, Any], shared: dict[str, Any]) -> tuple[jax.Array, Metrics]:
+    row_weights, (first, second) = weigh_rows(rows["weights"], rows["first"], rows["second"])
+    labels = jnp.asarray(rows["labels"])
+    scores = jnp.asarray(shared["scale"], row_weights.dtype) * cosine_similarity(first, second)
     scores = jnp.where(jnp.isnan(labels) & (row_weights != 0), jnp.nan, scores)
+    labels, scores, row_weights = (devices.gather(x) for x in (labels, scores, row_weights))
     order = jnp.argsort(labels)
     labels, scores, row_weights = labels[order], scores[order], row_weights[order]
     lower_end = jnp.searchsorted(labels, labels, side="left")
@@ -70,7 +79,8 @@ def cosent(
     counts = (row_weights != 0).astype(jnp.float32)
     before = jnp.concatenate([jnp.zeros_like(counts, shape=1), jnp.cumsum(counts)])
     num_pairs = jnp.sum(counts * before[lower_end])
-    return loss, metrics_of({"num_rows": jnp.sum(counts), "num_pairs": num_pairs})
+    metrics = {"num_rows": devices.alike(jnp.sum(counts)), "num_pairs": devices.alike(num_pairs)}
+    return devices.alike(loss), metrics_of(metrics)
 
 
 @jax.custom_jvp

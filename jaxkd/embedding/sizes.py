@@ -58,7 +58,7 @@ def matryoshka(
         raise ValueError(f"`weights` has {len(factors)} values but `dims` has {len(dims)}; give one for each")
 
     def is_embedding(x: Any) -> bool:
-        return jnp.ndim(x) > 1 and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return getattr(x, "ndim", 0) > 1 and jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
     def cut(x: Any, dim: int) -> Any:
         if not is_embedding(x):

@@ -1,6 +1,7 @@
 """Triplet losses: of given triplets, and of the hardest ones in a batch, found a chunk of rows at a time."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkd.embedding.embedding_rows import as_embeddings, check_counting, chunk_size_for, weigh_rows
+from jaxkd.embedding.over_devices import Devices, over_devices
 from jaxkd.embedding.similarity import Distance, euclidean
 from jaxkd.logits.array_ops import logits_dtype
-from jaxkd.loop import Metrics, metrics_of, weighted
+from jaxkd.loop import Metrics, Sharding, metrics_of, weighted
 from jaxkd.loop.checks import check_scalar, check_size
 
 
@@ -23,6 +25,7 @@ def triplet(
     margin: ArrayLike | None = 5.0,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The triplet loss: an anchor shall be nearer to its positive than to its negative, by a margin.
 
@@ -34,6 +37,7 @@ def triplet(
       margin: a number; None is the soft margin, ``log(1 + exp(d(a, p) - d(a, n)))``.
       weights: (B,) non-negative factors of the rows, or None for 1.
       normalizer: what divides the sum; None is the sum of the weights.
+      sharding: as in `info_nce`; nothing is gathered.
 
     Returns:
       The loss, and metrics ``{"positive_distance", "negative_distance", "accuracy", "num_rows"}``: means, normalised
@@ -53,8 +57,17 @@ def triplet(
         raise TypeError(f"`distance` is {distance!r}; give jaxkd.embedding.euclidean, cosine or a function")
     _check_margin(margin)
     check_counting(anchors, weights, normalizer)
-    row_weights, (anchors, positives, negatives) = weigh_rows(weights, anchors, positives, negatives)
-    return _triplet(anchors, positives, negatives, distance, margin, row_weights, normalizer)
+    rows = {"anchors": anchors, "positives": positives, "negatives": negatives, "weights": weights}
+    return over_devices(sharding, partial(_given, distance), rows, {"margin": margin, "normalizer": normalizer})
+
+
+def _given(
+    distance: Callable[..., jax.Array], devices: Devices, rows: dict[str, Any], shared: dict[str, Any]
+) -> tuple[jax.Array, Metrics]:
+    weights, (anchors, positives, negatives) = weigh_rows(
+        rows["weights"], rows["anchors"], rows["positives"], rows["negatives"]
+    )
+    return _triplet(devices, anchors, positives, negatives, distance, weights=weights, **shared)
 
 
 def batch_hard_triplet(
@@ -66,6 +79,7 @@ def batch_hard_triplet(
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
     chunk_size: int | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The triplet loss of each row with its hardest partners in the batch: `triplet` of what it finds.
 
@@ -79,7 +93,7 @@ def batch_hard_triplet(
       distance: `euclidean`, `cosine` or a `Distance` of your own.
       margin: a number; None is the soft margin, ``log(1 + exp(d(a, p) - d(a, n)))``.
       weights, normalizer: as in `triplet`.
-      chunk_size: as in `info_nce`.
+      chunk_size, sharding: as in `info_nce`.
 
     Returns:
       The loss, and the metrics of `triplet`.
@@ -106,43 +120,55 @@ def batch_hard_triplet(
         raise TypeError(f"`distance` is {distance!r}; give a jaxkd.embedding.Distance such as euclidean or cosine")
     _check_margin(margin)
     check_counting(embeddings, weights, normalizer)
-    num_rows = embeddings.shape[0]
-    if chunk_size is None:
-        chunk_size = chunk_size_for(num_rows, num_rows, logits_dtype(embeddings))
-    check_size("chunk_size", chunk_size)
+    if chunk_size is not None:
+        check_size("chunk_size", chunk_size)
+    rows = {"embeddings": embeddings, "labels": labels, "weights": weights}
+    shared = {"margin": margin, "normalizer": normalizer}
+    return over_devices(sharding, partial(_hardest, distance, chunk_size), rows, shared)
 
-    everyone = jax.lax.stop_gradient(embeddings)  # for the search, in the type of its product
+
+def _hardest(
+    distance: Distance, chunk_size: int | None, devices: Devices, rows: dict[str, Any], shared: dict[str, Any]
+) -> tuple[jax.Array, Metrics]:
+    embeddings, labels, weights = rows["embeddings"], jnp.asarray(rows["labels"]), rows["weights"]
+    num_rows = embeddings.shape[0]
+    own = jax.lax.stop_gradient(embeddings)  # for the search, in the type of its product
+    everyone, all_labels = devices.gather(own), devices.gather(labels)
+    if chunk_size is None:
+        chunk_size = chunk_size_for(num_rows, everyone.shape[0], logits_dtype(embeddings))
     row_weights, (embeddings,) = weigh_rows(weights, embeddings)
-    labels, position = jnp.asarray(labels), jnp.arange(num_rows)
+    counts, all_positions = devices.gather(row_weights != 0), jnp.arange(everyone.shape[0])
 
     def hardest(row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         embedding, label, i = row
         farness = distance.order(embedding, everyone)  # (B,)
-        is_positive = (labels == label) & (position != i) & (row_weights != 0)
-        is_negative = (labels != label) & (row_weights != 0)
+        is_positive = (all_labels == label) & (all_positions != i) & counts
+        is_negative = (all_labels != label) & counts
         positive = jnp.argmax(jnp.where(is_positive, farness, -jnp.inf))
         negative = jnp.argmin(jnp.where(is_negative, farness, jnp.inf))
         return positive, negative, is_positive.any() & is_negative.any()
 
-    rows = everyone, labels, position
-    positive, negative, has_both = jax.lax.map(hardest, rows, batch_size=min(chunk_size, num_rows))
-    row_weights = jnp.where(has_both, row_weights, 0)
-    return _triplet(embeddings, embeddings[positive], embeddings[negative], distance, margin, row_weights, normalizer)
+    searched = own, labels, devices.positions(num_rows)
+    positive, negative, has_both = jax.lax.map(hardest, searched, batch_size=min(chunk_size, num_rows))
+    row_weights, among = jnp.where(has_both, row_weights, 0), devices.gather(embeddings)
+    return _triplet(devices, embeddings, among[positive], among[negative], distance, weights=row_weights, **shared)
 
 
 def _triplet(
+    devices: Devices,
     anchors: jax.Array,
     positives: jax.Array,
     negatives: jax.Array,
     distance: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
     margin: Any,
     weights: jax.Array,
     normalizer: Any,
 ) -> tuple[jax.Array, Metrics]:
-    total = jnp.sum(weights) if normalizer is None else jnp.asarray(normalizer, weights.dtype)
+    total = devices.total(jnp.sum(weights)) if normalizer is None else jnp.asarray(normalizer, weights.dtype)
 
     def mean(x: jax.Array) -> jax.Array:
-        return jnp.where(total == 0, 0, jnp.sum(weighted(weights, x)) / jnp.where(total == 0, 1, total))
+        return jnp.where(total == 0, 0, devices.total(jnp.sum(weighted(weights, x))) / jnp.where(total == 0, 1, total))
 
     near, far = distance(anchors, positives), distance(anchors, negatives)
     loss = jax.nn.softplus(near - far) if margin is None else jax.nn.relu(near - far + jnp.asarray(margin, near.dtype))
@@ -150,7 +176,7 @@ def _triplet(
         "positive_distance": mean(near),
         "negative_distance": mean(far),
         "accuracy": mean((near < far).astype(near.dtype)),
-        "num_rows": jnp.sum(weights != 0),
+        "num_rows": devices.total(jnp.sum(weights != 0)),
     }
     return mean(loss), metrics_of(metrics)
 
