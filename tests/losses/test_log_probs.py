@@ -232,6 +232,7 @@ def temporary_bytes(rows, chunk_size=64, width=8192, hidden=64):
     return jax.jit(jax.grad(loss)).lower(student, labels).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimized
 def test_compiled_memory_does_not_grow_with_the_rows():
     few, many = temporary_bytes(512), temporary_bytes(4096)
     assert few <= 4 * (12 * 64 * 8192 + 2 * 64 * 8192 + 8 * 512 * 64)
