@@ -159,7 +159,7 @@ def test_sequences(average):
         values = jaxkd.sequence_log_probs(student, LABELS, average=average, chunk_size=CHUNK)
         return values @ UPSTREAM[:, 0], values
 
-    (_, values), gradient = jax.value_and_grad(total, has_aux=True)(student)
+    (_, values), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(student)
     share = np.broadcast_to((UPSTREAM[:, 0] / count)[:, None], (B, T))
     want, want_gradient = truth(cases.twin(student), upstream=share)
     assert values[1] == 0
@@ -176,8 +176,10 @@ def test_vmap_and_per_row_jacobian():
         )
         return jaxkd.token_log_probs(sequence, labels, chunk_size=4)
 
-    np.testing.assert_allclose(jax.vmap(one)(student.hidden, LABELS), want, rtol=2e-6, atol=1e-6)
-    jacobian = jax.jacrev(one)(student.hidden[0], LABELS[0])  # (T, T, D): a row depends on its own hidden state alone
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(student.hidden, LABELS), want, rtol=2e-6, atol=1e-6)
+    jacobian = jax.jit(jax.jacrev(one))(
+        student.hidden[0], LABELS[0]
+    )  # (T, T, D): a row depends on its own hidden state alone
     np.testing.assert_array_equal(np.abs(np.asarray(jacobian)).max(-1) > 0, np.diag(COUNTED[0]))
 
 
@@ -191,7 +193,7 @@ def test_remat_and_second_use():
     values, _ = truth(cases.twin(student))
     want = truth(cases.twin(student), upstream=np.exp(values) + UPSTREAM)[1]
     for function in (loss, jax.checkpoint(loss)):
-        assert max(cases.gradient_errors(jax.grad(function)(student), want).values()) < 1e-5
+        assert max(cases.gradient_errors(jax.jit(jax.grad(function))(student), want).values()) < 1e-5
 
 
 # Memory and work
@@ -230,6 +232,7 @@ def temporary_bytes(rows, chunk_size=64, width=8192, hidden=64):
     return jax.jit(jax.grad(loss)).lower(student, labels).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimized
 def test_compiled_memory_does_not_grow_with_the_rows():
     few, many = temporary_bytes(512), temporary_bytes(4096)
     assert few <= 4 * (12 * 64 * 8192 + 2 * 64 * 8192 + 8 * 512 * 64)
@@ -241,9 +244,8 @@ def test_compiled_memory_does_not_grow_with_the_rows():
 
 def test_statistics():
     student, teacher = STUDENT.astype(jnp.float32), TEACHER.astype(jnp.float32)
-    got = jaxkd.token_statistics(
-        student, LABELS, teacher, divergence=jaxkd.jensen_shannon(), temperature=2.0, chunk_size=CHUNK
-    )
+    statistics = partial(jaxkd.token_statistics, divergence=jaxkd.jensen_shannon(), temperature=2.0, chunk_size=CHUNK)
+    got = jax.jit(statistics)(student, LABELS, teacher)
     z, z_teacher = (cases.twin(x).logits.reshape(B, T, -1) for x in (student, teacher))
     log_q = cases.log_softmax(z)
     log_q_tau, log_p_tau = cases.log_softmax(z[..., : V - 4] / 2), cases.log_softmax(z_teacher / 2)

@@ -158,6 +158,7 @@ def temporary_bytes(*arguments, **options):
     return compiled(*arguments, **options).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimized
 def test_compiled_memory_is_that_of_a_chunk():
     """Twelve arrays of a chunk's logits and two of a head are generous; the dense loss needs several of all rows."""
     rows, chunk_size, width, hidden = 2048, 64, 8192, 64
@@ -167,11 +168,13 @@ def test_compiled_memory_is_that_of_a_chunk():
     assert fused < dense / 4
 
 
+@pytest.mark.optimized
 def test_compiled_memory_does_not_grow_with_the_rows():
     few, many = temporary_bytes(512, 64), temporary_bytes(4096, 64)
     assert many - few <= 4 * (4096 - 512) * (8 * 64)
 
 
+@pytest.mark.optimized
 def test_no_copy_of_the_head_in_the_loop():
     """A Flax kernel is (D, V): `kernel.T` must be turned no more than once, not once a chunk."""
     student, teacher = inputs(dtype=jnp.float32)
