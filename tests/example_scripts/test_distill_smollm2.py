@@ -1,13 +1,11 @@
 """The whole example at a tiny size: what it writes, that it can be killed, stopped and resumed, what it refuses."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -90,21 +88,47 @@ def test_scores_agree_with_pytorch(finished, folder):
     assert records(finished, "held_out")[0]["next_token_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_killed_run_resumes_to_the_same_losses(command, finished, tmp_path):
+KILLED = """
+import os, signal, sys
+from examples import distill_smollm2
+from examples.smollm2 import run_folder
+write = run_folder.Log.write
+
+def write_then_die(log, kind, at, **values):
+    write(log, kind, at, **values)
+    if kind == "train" and at == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run_folder.Log.write = write_then_die
+distill_smollm2.main(sys.argv[1:])
+"""
+
+
+def test_killed_and_stopped_run_resumes_to_the_same_losses(command, finished, tmp_path, monkeypatch, capsys):
+    """Killed after a checkpoint, stopped by Ctrl-C between the arms and in the second, then fed by the live teacher."""
     out = tmp_path / "run"
     arguments = [*command, "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "examples.distill_smollm2", *arguments], stdout=subprocess.DEVNULL
-    )
-    while process.poll() is None:
-        with contextlib.suppress(FileNotFoundError):
-            if len(records(out, "train")) >= 4:
-                break
-        time.sleep(0.001)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert 4 <= len(records(out, "train")) < 2 * STEPS
-    assert distill_smollm2.main([*arguments, "--resume"]) == 0
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], stdout=subprocess.DEVNULL, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [record["position"] for record in records(out, "train")] == [1, 2, 3, 4]
+
+    arguments.append("--resume")
+    write = run_folder.Log.write
+    for position in (STEPS, STEPS + 5):
+
+        def write_then_interrupt(log, kind, at, position=position, **values):
+            write(log, kind, at, **values)
+            if at == position and kind == "train":
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder.Log, "write", write_then_interrupt)
+            assert distill_smollm2.main(arguments) == 130
+        assert f"stopped after step {position} of {2 * STEPS}: add --resume" in capsys.readouterr().out
+
+    cache = tmp_path / "cache"
+    assert distill_smollm2.main([*arguments, "--cache", str(cache), "--live-teacher"]) == 0
+    assert not cache.exists()
     assert_same_losses(out, finished)
 
 
@@ -114,24 +138,6 @@ def test_gpu_run_learns_as_the_cpu_does(command, finished, tmp_path):
     assert distill_smollm2.main(arguments) == 0
     for actual, expected in zip(records(tmp_path / "run", "train"), records(finished, "train"), strict=True):
         assert actual["loss"] == pytest.approx(expected["loss"], rel=0.05)
-
-
-@pytest.mark.parametrize("position", [STEPS, STEPS + 5])
-def test_interrupted_run_resumes_to_the_same_losses(command, finished, tmp_path, monkeypatch, capsys, position):
-    arguments = [*command, "--out", str(tmp_path / "run")]
-    write = run_folder.Log.write
-
-    def write_then_interrupt(log, kind, at, **values):
-        write(log, kind, at, **values)
-        if at == position and kind == "train":
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_folder.Log, "write", write_then_interrupt)
-        assert distill_smollm2.main(arguments) == 130
-    assert f"stopped after step {position} of {2 * STEPS}: add --resume" in capsys.readouterr().out
-    assert distill_smollm2.main([*arguments, "--resume"]) == 0
-    assert_same_losses(tmp_path / "run", finished)
 
 
 def test_resume_of_a_finished_run_shows_its_table(command, finished, capsys):
@@ -205,14 +211,6 @@ def test_every_divergence_has_a_name(divergence):
 
     settings = flags.parse(["--divergence", divergence])
     assert isinstance(flags.DIVERGENCES[settings.divergence](settings.beta), jaxkd.Divergence)
-
-
-def test_live_teacher_gives_the_same_losses_and_leaves_no_cache(command, finished, tmp_path):
-    cache = tmp_path / "cache"
-    arguments = [*command, "--out", str(tmp_path / "run"), "--cache", str(cache), "--live-teacher"]
-    assert distill_smollm2.main(arguments) == 0
-    assert_same_losses(tmp_path / "run", finished)
-    assert not cache.exists()
 
 
 def test_hidden_states_are_computed_once(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""The small Flax examples, a few steps of each: they run as they stand, and the student learns."""
+"""The small Flax examples, a few steps of each with few words: they run to their end, and the student learns."""
 
 import re
 
@@ -8,10 +8,21 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 
-from examples import align_dpo, train_embeddings, train_linen, train_nnx
+from examples import align_dpo, train_embeddings, train_linen, train_nnx, your_own_loss
 from examples.words import random_windows, read_words
 
+FEW = {"VOCABULARY": 512, "LENGTH": 40, "HELD_OUT_WINDOWS": 8, "HELD_OUT_PAIRS": 32}
 
+
+@pytest.fixture
+def few_words(monkeypatch):
+    for example in (align_dpo, train_linen, train_nnx, your_own_loss):
+        for name, value in FEW.items():
+            if hasattr(example, name):
+                monkeypatch.setattr(example, name, value)
+
+
+@pytest.mark.usefixtures("few_words")
 @pytest.mark.parametrize("example", [train_nnx, train_linen])
 def test_example(example, capsys):
     example.main(["--steps", "8"])
@@ -25,7 +36,15 @@ def test_example(example, capsys):
     assert "student    8" in output
 
 
-def test_embeddings(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def passages():
+    return train_embeddings.read_passages()
+
+
+def test_embeddings(tmp_path, capsys, passages, monkeypatch):
+    assert passages.shape[1] == train_embeddings.PASSAGE
+    assert len(np.unique(passages, axis=0)) == len(passages) > 10_000
+    monkeypatch.setattr(train_embeddings, "read_passages", lambda: passages)
     plot = tmp_path / "plot.png"
     train_embeddings.main(["--steps", "4", "--batch", "2048", "--memory", "36", "--plot", str(plot)])
     output = capsys.readouterr().out
@@ -36,7 +55,8 @@ def test_embeddings(tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_embeddings_need_their_memory(tmp_path):
+def test_embeddings_need_their_memory(tmp_path, passages, monkeypatch):
+    monkeypatch.setattr(train_embeddings, "read_passages", lambda: passages)
     with pytest.raises(SystemExit):
         train_embeddings.main(["--batch", "256", "--memory", "0.1", "--plot", str(tmp_path / "plot.png")])
 
@@ -52,12 +72,27 @@ def test_words():
     assert all(any((text[i : i + 11] == row).all() for i in np.flatnonzero(text == row[0])) for row in windows)
 
 
+@pytest.mark.usefixtures("few_words")
 @pytest.mark.parametrize("loss", align_dpo.LOSSES)
 def test_alignment(loss, capsys, tmp_path):
     align_dpo.main(["--loss", loss, "--steps", "8", "--plot", str(tmp_path / "align.png")])
     output = capsys.readouterr().out
     assert float(re.search(r"held out: .*margin (\S+) nats", output)[1]) > 0
     assert (tmp_path / "align.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("few_words")
+def test_your_own_loss(tmp_path, capsys):
+    your_own_loss.main(["--steps", "6", "--out", str(tmp_path)])
+    output = capsys.readouterr().out
+    for name in ("forward KL", "decoupled KL"):
+        before, after = (
+            [float(x) for x in re.search(rf"{name}, held out, {when}: JSD (\S+), .* loss (\S+)", output).groups()]
+            for when in ("before", "after")
+        )
+        assert after[0] < before[0]
+        assert after[1] < before[1]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_preference_pairs():

@@ -56,6 +56,6 @@ def test_smollm2_is_reproduced_on_real_text():
         if "CI" in os.environ:
             raise
         pytest.skip(str(error))
-    tokens = tokenizer(text.read_text(None), add_special_tokens=False, verbose=False)["input_ids"]
-    windows = text.windows_of(tokens[:600], 256)[:, :-1].astype(np.int64)
+    tokens = tokenizer(text.read_text(None)[:4000], add_special_tokens=False)["input_ids"]
+    windows = text.windows_of(tokens[:257], 256)[:, :-1].astype(np.int64)
     assert relative_error(*hidden_states_of_both(torch_model, windows)) < 1e-3
