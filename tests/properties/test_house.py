@@ -1,6 +1,7 @@
 """The rooms of the repository: arrows between them point downward, and names tell files apart."""
 
 import ast
+import re
 from collections import Counter
 
 import pytest
@@ -107,3 +108,12 @@ def bound(package):
 def test_every_room_says_what_it_is_for():
     silent = [name for name in PACKAGES if not ast.get_docstring(source_tree.tree(name))]
     assert not silent
+
+
+def test_files_that_documents_name_exist():
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (source_tree.ROOT / document).read_text()
+        named = set(re.findall(r"`((?:jaxkd|torch_bridge|tests|examples)/[\w/]+(?:\.py|/))`", text))
+        assert named
+        missing = [name for name in named if not (source_tree.ROOT / name).exists()]
+        assert not missing, f"{document} names {missing}"
