@@ -38,6 +38,9 @@ class Sharding:
     split over V where `jax.jit` is given no ``out_shardings``. Neither rows nor vocabulary have to divide: they are
     filled up with rows that do not count and with columns whose logits are -inf, and the filling's gradient is dropped.
 
+    On a mesh with Explicit axes the types of the student's arrays say all this, and no `Sharding` is needed. On Auto axes
+    JAX does not tell how arrays lie: without a `Sharding` each device does the work of all.
+
     Inside the caller's own `jax.shard_map`, manual over all these axes and with its ``check_vma``, arrays are what the
     device has: shards of equal size. The loss is that of all devices, and the gradient of what several devices hold
     alike is the sum over them, so that no `psum` is left to do.
