@@ -39,6 +39,8 @@ class Divergence:
         form with less arithmetic. Its errors may be those of float32 logits, not relative to its results: it is for the
         kernels, and not for float64.
       slope_sum: the sum of the slopes over a row, where it is the same for all distributions.
+      is_nonnegative: whether the sum is at least 0 for all distributions. Rounding that takes it below is then cut off;
+        otherwise a row's loss is what the formula gives, of either sign.
 
     Called with log-probabilities of shape (..., V) it returns the divergence of each row, shape (...).
     """
@@ -48,6 +50,7 @@ class Divergence:
     slope: Pointwise | None = field(default=None, metadata={"static": True})
     kernel_form: Callable[..., tuple[jax.Array, jax.Array]] | None = field(default=None, metadata={"static": True})
     slope_sum: float | None = field(default=None, metadata={"static": True})
+    is_nonnegative: bool = field(default=False, metadata={"static": True})
 
     def term_and_slope(self, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The term and its derivative with respect to ``log_q``, elementwise."""
@@ -71,16 +74,18 @@ class RowDivergence:
 
     Args:
       function: ``function(teacher, student, *parameters)`` of logits at the temperature, (C, Vt) and (C, V) in float32
-        (float64 for float64), to (C,); at least 0. A row's number depends on that row alone. Define it at module level:
-        it is part of what `jax.jit` compiles.
+        (float64 for float64), to (C,). A row's number depends on that row alone. Define it at module level: it is part
+        of what `jax.jit` compiles.
       parameters: arrays handed to ``function``, traced or not, in the type of the logits. They get no gradient.
       vocabulary: "common" if it compares token with token (both sides then have one width, by the ``vocabulary`` of
         `distillation_loss`), "own" if each side may keep all of its own.
+      is_nonnegative: whether it is at least 0 for all logits. Rounding that takes it below is then cut off.
     """
 
     function: Callable[..., jax.Array] = field(metadata={"static": True})
     parameters: tuple[Any, ...] = ()
     vocabulary: str = field(default="common", metadata={"static": True})
+    is_nonnegative: bool = field(default=False, metadata={"static": True})
 
     def __call__(self, teacher: jax.Array, student: jax.Array) -> jax.Array:
         return self.function(teacher, student, *self.parameters)

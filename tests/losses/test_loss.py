@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import jaxkd
+from jaxkd.divergences import weigh
+from jaxkd.kernels import pallas_triton
 
 N, D, D_TEACHER, V = 23, 12, 9, 123
 LABELS = cases.some_labels(3, N, V)
@@ -196,3 +198,62 @@ def test_outside_implementation():
     np.testing.assert_allclose(loss, want.item(), rtol=1e-5)
     for leaf, name in zip(leaves, ("hidden", "weight", "bias"), strict=True):
         assert cases.relative_error(getattr(gradient, name), leaf.grad.numpy()) < 1e-5
+
+
+# KL(P‖Q) less the entropy of Q. With P = (1/2, 1/4, 1/8, 1/8) and Q uniform that is 1/4 log 2 - 2 log 2, and the
+# gradient to the logits q - p.
+KNOWN = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32))
+NEGATIVE, SLOPE = -1.75 * np.log(2), np.array([[-0.25, 0.0, 0.125, 0.125]])
+
+
+def _less_entropy_term(log_p, log_q):
+    return weigh(jnp.exp(log_p), log_p - log_q) + weigh(jnp.exp(log_q), log_q)
+
+
+def _less_entropy(teacher, student):
+    return jnp.sum(_less_entropy_term(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)), axis=-1)
+
+
+ALL_TOKENS = np.arange(4)
+NEGATIVE_BY = {
+    "xla": (jaxkd.Logits(KNOWN), jaxkd.Divergence(_less_entropy_term), "xla"),
+    "triton": (jaxkd.Logits(KNOWN), jaxkd.Divergence(_less_entropy_term), "triton"),
+    "whole_rows": (jaxkd.Logits(KNOWN), jaxkd.RowDivergence(_less_entropy), "xla"),
+    "top_k": (jaxkd.TopKLogProbs(KNOWN, ALL_TOKENS[None]), jaxkd.Divergence(_less_entropy_term), "xla"),
+    "vocabulary_map": (
+        jaxkd.VocabularyMap(jaxkd.Logits(KNOWN), ALL_TOKENS, ALL_TOKENS),
+        jaxkd.Divergence(_less_entropy_term),
+        "xla",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEGATIVE_BY)
+def test_a_divergence_of_ones_own_may_be_negative(case, monkeypatch):
+    monkeypatch.setattr(pallas_triton, "INTERPRET", True)
+    teacher, divergence, implementation = NEGATIVE_BY[case]
+    (loss, metrics), gradient = jax.value_and_grad(jaxkd.distillation_loss, has_aux=True)(
+        jaxkd.Logits(jnp.zeros((1, 4))), teacher, divergence=divergence, implementation=implementation
+    )
+    np.testing.assert_allclose(loss, NEGATIVE, rtol=1e-6)
+    np.testing.assert_allclose(metrics["soft"], NEGATIVE, rtol=1e-6)
+    np.testing.assert_allclose(gradient.values, SLOPE, atol=1e-7)
+    alone, _ = jaxkd.distillation_loss(
+        jaxkd.Logits(jnp.zeros((1, 4))), teacher, divergence=divergence, implementation=implementation
+    )
+    np.testing.assert_allclose(alone, NEGATIVE, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("name", cases.ONE_OF_EACH)
+def test_a_built_in_divergence_is_never_negative(name, implementation, monkeypatch):
+    """Rounding would take some of these below 0: the two models are equal but for one rounding of a logit."""
+    monkeypatch.setattr(pallas_triton, "INTERPRET", True)
+    z = np.random.default_rng(0).normal(scale=3, size=(4, 64)).astype(np.float32)
+    student, teacher = jaxkd.Logits(jnp.asarray(z)), jaxkd.Logits(jnp.asarray(np.nextafter(z, 100 * z)))
+    divergence = cases.DIVERGENCES[name].make()
+    for row in range(4):
+        one = [jaxkd.Logits(x.values[row : row + 1]) for x in (student, teacher)]
+        loss, metrics = jaxkd.distillation_loss(*one, divergence=divergence, implementation=implementation)
+        assert 0 <= loss <= 1e-6
+        assert 0 <= metrics["soft"] <= 1e-6
