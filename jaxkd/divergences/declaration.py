@@ -15,7 +15,7 @@ probability times an infinite logarithm the zero that it is in the limit, and a 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class Divergence:
 
     Called with log-probabilities of shape (..., V) it returns the divergence of each row, shape (...).
     """
+
+    vocabulary: ClassVar[str] = "common"
 
     term: Pointwise = field(metadata={"static": True})
     parameters: tuple[Any, ...] = ()

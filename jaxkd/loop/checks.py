@@ -115,8 +115,18 @@ def check_row_arguments(
 
 
 def check_vocabulary(vocabulary: Any) -> None:
-    if vocabulary not in ("truncate", "mask"):
+    if vocabulary not in (None, "truncate", "mask"):
         raise ValueError(f'`vocabulary` is {vocabulary!r}; give "truncate" or "mask"')
+
+
+def check_widths(student: int, teacher: int, *, vocabulary: str | None) -> None:
+    """Of two vocabularies that are compared token by token: what is done where they differ has to be said."""
+    if student != teacher and vocabulary is None:
+        raise ValueError(
+            f"the student has V={student} tokens but the teacher V={teacher}; for one tokenizer give `vocabulary`, "
+            '"truncate" to compare the common first columns or "mask" to give -inf where a side has no token; for '
+            "different tokenizers give a jaxkd.VocabularyMap as `teacher`"
+        )
 
 
 def check_integer(name: str, value: Any) -> None:

@@ -13,7 +13,14 @@ from jaxkd.divergences import AnyDivergence, Divergence, check_divergence, forwa
 from jaxkd.kernels import Chunk, ChunkRows, RowLosses, RowOptions, VocabularyShards, row_losses_for
 from jaxkd.logits import LinearLogits, Place, Source, take_rows
 from jaxkd.loop import Metrics, Plan, Sharding, count_rows, metrics_of, rows_of_chunk, sum_rows, weighted
-from jaxkd.loop.checks import check_row_arguments, check_same_rows, check_scalar, check_source, check_vocabulary
+from jaxkd.loop.checks import (
+    check_row_arguments,
+    check_same_rows,
+    check_scalar,
+    check_source,
+    check_vocabulary,
+    check_widths,
+)
 from jaxkd.loop.flattening import check_sources, flat_sources, on_auto_axes, splits_vocabulary
 from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
 from jaxkd.teachers import Teacher, TeacherRows, check_teacher, rows_of
@@ -31,7 +38,7 @@ def distillation_loss(
     ignore_index: int = -100,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
-    vocabulary: str = "truncate",
+    vocabulary: str | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
     sharding: Sharding | None = None,
@@ -64,8 +71,9 @@ def distillation_loss(
       weights: (...) non-negative factors of the rows, or None for 1.
       normalizer: what divides the sum; None is the sum of the counted rows' weights. With the token count of a global
         batch, the losses and gradients of its micro-batches add up to those of the whole.
-      vocabulary: for models of different widths: "truncate" compares the common first columns, both sides renormalised
-        over them; "mask" gives a side -inf where it has no token.
+      vocabulary: for models of one tokenizer whose widths differ, an error unless it is said: "truncate" compares the
+        common first columns, both sides renormalised over them (heads that are padded differently); "mask" gives a side
+        -inf where it has no token. Different tokenizers need a `VocabularyMap`, or `earth_mover` or `sinkhorn`.
       chunk_size: rows whose logits, or gradients of these, exist at a time, at most; None chooses by the widths of the
         vocabularies.
       implementation: "mosaic" (the kernel for Hopper GPUs), "triton" (the kernel for CUDA GPUs), "xla", or None for the
@@ -126,6 +134,7 @@ def fused_linear_jsd(
     ignore_index: int = -100,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
+    vocabulary: str | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
     sharding: Sharding | None = None,
@@ -159,7 +168,7 @@ def fused_linear_jsd(
         ignore_index=ignore_index,
         weights=weights,
         normalizer=normalizer,
-        vocabulary="truncate",
+        vocabulary=vocabulary,
         chunk_size=chunk_size,
         implementation=implementation,
         sharding=sharding,
@@ -182,7 +191,7 @@ class _Arguments:
     weights: Any
     normalizer: Any
     ignore_index: int = field(metadata={"static": True})
-    vocabulary: str = field(metadata={"static": True})
+    vocabulary: str | None = field(metadata={"static": True})
     chunk_size: int | None = field(metadata={"static": True})
     implementation: str | None = field(metadata={"static": True})
     sharding: Sharding | None = field(metadata={"static": True})
@@ -214,7 +223,7 @@ class _Arguments:
 
     def row_options(self) -> RowOptions:
         return RowOptions(
-            vocabulary=self.vocabulary,
+            vocabulary=self.vocabulary or "truncate",
             has_labels=self.labels is not None,
             is_tempered=not _is(self.temperature, 1),
         )
@@ -237,6 +246,10 @@ def _distillation_loss(
         needs_whole_rows = f"a {type(teacher).__name__} as `teacher`"
     partitioning = partitioning_of(arguments.sharding, student, needs_whole_rows)
     check_sources(partitioning, student, rows)
+    if arguments.divergence.vocabulary == "common" and not rows.IN_BUCKETS:
+        check_widths(
+            *(partitioning.whole_width(x.vocabulary) for x in (student, rows)), vocabulary=arguments.vocabulary
+        )
     function = partial(_loss_of_arrays, partitioning=partitioning, options=arguments.row_options())
     return on_auto_axes(partitioning, function, student, rows, arguments)
 

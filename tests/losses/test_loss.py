@@ -163,6 +163,30 @@ def test_head_against_formed_logits():
     cases.check(result, truth, loss=3e-6, gradient=1e-5)
 
 
+WIDE = jaxkd.Logits(np.array([[np.log(0.5), np.log(0.3), np.log(0.2), -np.inf]], np.float32))
+
+
+def test_widths_that_differ_are_compared_as_said():
+    """P = (1/2, 3/10, 1/5, 0), Q = (1/4, 3/4): KL(5/8, 3/8 ‖ Q), and 1/2 (1/4 + 9/20 + 1/5)."""
+    student = jaxkd.Logits(np.log(np.array([[0.25, 0.75]], np.float32)))
+    cut, _ = jaxkd.distillation_loss(student, WIDE, vocabulary="truncate")
+    np.testing.assert_allclose(cut, 0.625 * np.log(2.5) + 0.375 * np.log(0.5), rtol=1e-6)
+    masked, _ = jaxkd.distillation_loss(student, WIDE, divergence=jaxkd.total_variation, vocabulary="mask")
+    np.testing.assert_allclose(masked, 0.45, rtol=1e-6)
+
+
+def test_widths_need_not_be_said_where_tokens_are_not_compared():
+    """Sorted, (1/4, 3/4) and (0, 1/5, 3/10, 1/2) are 0 + 1/5 + 1/20 + 1/4 apart; half of it is the earth mover's."""
+    student = jaxkd.Logits(np.log(np.array([[0.25, 0.75]], np.float32)))
+    moved, _ = jaxkd.distillation_loss(student, WIDE, divergence=jaxkd.earth_mover)
+    np.testing.assert_allclose(moved, 0.25, rtol=1e-6)
+    known = jaxkd.TopKLogProbs(WIDE.values[:, :1], np.array([[0]]))
+    listed, _ = jaxkd.distillation_loss(student, known)
+    np.testing.assert_allclose(listed, 0.5 * np.log(2) + 0.5 * np.log(2 / 3), rtol=1e-6)
+    mapped, _ = jaxkd.distillation_loss(student, jaxkd.VocabularyMap(WIDE, np.array([0]), np.array([0])))
+    np.testing.assert_allclose(mapped, listed, rtol=1e-6)
+
+
 def test_forward_kl_is_the_default_divergence():
     student, teacher = inputs(jnp.float32)
     default, _ = jaxkd.distillation_loss(student, teacher)

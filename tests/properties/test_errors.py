@@ -73,6 +73,12 @@ BAD = {
     "chunk_size_float": ({"chunk_size": 8.0}, TypeError, ["`chunk_size`", "8.0"]),
     "chunk_size_flag": ({"chunk_size": True}, TypeError, ["`chunk_size`", "True"]),
     "implementation": ({"implementation": "cuda"}, ValueError, ["`implementation`", "cuda", "xla", "triton"]),
+    "widths": (
+        {"teacher_weight": jnp.ones((V + 2, D_TEACHER))},
+        ValueError,
+        ["V=11", "V=13", "`vocabulary`", "truncate", "mask", "VocabularyMap"],
+    ),
+    "vocabulary": ({"vocabulary": "pad"}, ValueError, ["`vocabulary`", "pad", "truncate", "mask"]),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, ["`ignore_index`", "1.5"]),
 }
 
@@ -126,6 +132,18 @@ BAD_SOURCES = {
         {},
         (TypeError, ValueError),
         [r"`student\.scale`"],
+    ),
+    "widths_of_a_mixture": (
+        (STUDENT, jaxkd.Mixture([jaxkd.Logits(jnp.ones((N, V - 4)))])),
+        {},
+        ValueError,
+        ["V=11", "V=7", "`vocabulary`", "truncate", "mask", "VocabularyMap"],
+    ),
+    "widths_of_a_divergence_of_rows": (
+        (STUDENT, jaxkd.Logits(jnp.ones((N, V + 1)))),
+        {"divergence": jaxkd.mse},
+        ValueError,
+        ["V=11", "V=12", "`vocabulary`"],
     ),
     "divergence_by_name": ((STUDENT, TEACHER), {"divergence": "jsd"}, TypeError, ["`divergence`", "jsd", "jaxkd"]),
     "divergence_family": ((STUDENT, TEACHER), {"divergence": jaxkd.jensen_shannon}, TypeError, ["`divergence`"]),
