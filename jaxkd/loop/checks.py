@@ -78,6 +78,13 @@ def check_weights(weights: Any, rows: tuple[int, ...], name: str) -> None:
         raise ValueError(f"`weights` has a negative value ({known.min():g}); weights are at least 0")
 
 
+def check_mask(mask: Any, rows: tuple[int, ...], name: str) -> None:
+    if jnp.result_type(mask) != jnp.bool:
+        raise TypeError(f"`mask` is {jnp.result_type(mask).name}; give booleans, True in the rows that count")
+    if jnp.shape(mask) != rows:
+        raise ValueError(f"`mask` has shape {jnp.shape(mask)} but `{name}` has leading shape {rows}; give one for each")
+
+
 def check_scalar(name: str, value: Any, above: float | None = None, at_least: float | None = None) -> None:
     """A real scalar, finite and in range where its value is known."""
     is_number = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) and not isinstance(value, bool)
@@ -99,6 +106,7 @@ def check_row_arguments(
     labels: Any = None,
     weights: Any = None,
     normalizer: Any = None,
+    mask: Any = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
 ) -> None:
@@ -107,8 +115,10 @@ def check_row_arguments(
         check_labels(labels, student.leading_shape, name)
     if weights is not None:
         check_weights(weights, student.leading_shape, name)
+    if mask is not None:
+        check_mask(mask, student.leading_shape, name)
     if normalizer is not None:
-        check_scalar("normalizer", normalizer, above=0)
+        check_scalar("normalizer", normalizer, at_least=0)
     check_integer("ignore_index", ignore_index)
     if chunk_size is not None:
         check_size("chunk_size", chunk_size)

@@ -20,6 +20,7 @@ from jaxkd.loop.checks import (
     check_source,
     check_vocabulary,
     check_widths,
+    known_value,
 )
 from jaxkd.loop.flattening import check_sources, flat_sources, on_auto_axes, splits_vocabulary
 from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
@@ -38,6 +39,7 @@ def distillation_loss(
     ignore_index: int = -100,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     vocabulary: str | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
@@ -52,6 +54,10 @@ def distillation_loss(
     the label. A row counts when its label is not ``ignore_index``; without labels all do. A row that does not count
     adds exactly nothing to the loss or to any gradient, whatever its states hold.
 
+    With a ``mask`` the two parts have rows of their own: soft_n counts in the rows of the mask, hard_n where the label
+    does, and each is divided by the sum of its own rows' weights. (DistilBERT has labels on 15 % of the tokens and the
+    soft loss on all.) A row in neither is never read.
+
     Logits, losses and the sum of the head's gradient over chunks are float32 whatever the inputs (float64 for float64
     hidden states); matrix products run in the type of the hidden states. Gradients come in the type of their primal.
 
@@ -60,8 +66,8 @@ def distillation_loss(
       teacher: the same with leading axes equal to the student's and a width of its own; or `TopKLogProbs`, what is kept
         of a teacher that is not there; a `Mixture` of several; a `VocabularyMap`, of another tokenizer. No gradient
         ever reaches it.
-      labels: (...) integers, or None. One outside the student's vocabulary other than ``ignore_index`` makes the loss
-        NaN.
+      labels: (...) integers, or None: ``labels[:, t]`` is the token after position t, for which position t's logits
+        are. One outside the student's vocabulary other than ``ignore_index`` makes the loss NaN.
       divergence: `forward_kl`, `jensen_shannon(beta)`, `earth_mover`, ... or a `Divergence` or `RowDivergence` of your
         own.
       temperature: divides both models' logits in the soft loss. The loss is not multiplied by its square, as it is in
@@ -70,7 +76,9 @@ def distillation_loss(
       ignore_index: the label of a row that does not count.
       weights: (...) non-negative factors of the rows, or None for 1.
       normalizer: what divides the sum; None is the sum of the counted rows' weights. With the token count of a global
-        batch, the losses and gradients of its micro-batches add up to those of the whole.
+        batch, the losses and gradients of its micro-batches add up to those of the whole. It divides both parts where a
+        ``mask`` gives them rows of their own. Where it is 0, so is all that it divides.
+      mask: (...) booleans, the rows of the soft loss, or None for those whose label counts.
       vocabulary: for models of one tokenizer whose widths differ, an error unless it is said: "truncate" compares the
         common first columns, both sides renormalised over them (heads that are padded differently); "mask" gives a side
         -inf where it has no token. Different tokenizers need a `VocabularyMap`, or `earth_mover` or `sinkhorn`.
@@ -87,8 +95,8 @@ def distillation_loss(
     Returns:
       The loss, a float32 scalar (float64 for float64), and metrics ``{"soft", "hard", "num_rows"}``: the two parts,
       normalised as the loss is but not weighted by ``soft_weight`` and ``hard_weight`` ("hard" is 0 without labels),
-      and the number of rows that count. Metrics are for reading and carry no gradient: to change what is trained on,
-      use ``soft_weight`` and ``hard_weight``.
+      and the number of rows that count, for either part. Metrics are for reading and carry no gradient: to change what
+      is trained on, use ``soft_weight`` and ``hard_weight``.
 
     Raises:
       TypeError, ValueError: shapes, types or values that do not fit, named, before any work.
@@ -110,6 +118,7 @@ def distillation_loss(
         ignore_index=ignore_index,
         weights=weights,
         normalizer=normalizer,
+        mask=mask,
         vocabulary=vocabulary,
         chunk_size=chunk_size,
         implementation=implementation,
@@ -134,6 +143,7 @@ def fused_linear_jsd(
     ignore_index: int = -100,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     vocabulary: str | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
@@ -147,7 +157,7 @@ def fused_linear_jsd(
     Args:
       student_hidden: (..., D) floating; student_weight: (V, D); student_bias: (V,) or None. They get gradients.
       teacher_hidden: (..., Dt) floating; teacher_weight: (Vt, Dt); teacher_bias: (Vt,) or None. They get none.
-      labels: (...) integers or None.
+      labels: (...) integers or None; ``labels[:, t]`` is the token after position t.
       beta: the teacher's weight in the mixture, in [0, 1]; strictly inside if traced.
 
     The other arguments, the result ``(loss, metrics)``, units and errors are those of `distillation_loss`; metrics
@@ -168,6 +178,7 @@ def fused_linear_jsd(
         ignore_index=ignore_index,
         weights=weights,
         normalizer=normalizer,
+        mask=mask,
         vocabulary=vocabulary,
         chunk_size=chunk_size,
         implementation=implementation,
@@ -190,6 +201,7 @@ class _Arguments:
     hard_weight: Any
     weights: Any
     normalizer: Any
+    mask: Any
     ignore_index: int = field(metadata={"static": True})
     vocabulary: str | None = field(metadata={"static": True})
     chunk_size: int | None = field(metadata={"static": True})
@@ -210,15 +222,15 @@ class _Arguments:
             labels=self.labels,
             weights=self.weights,
             normalizer=self.normalizer,
+            mask=self.mask,
             ignore_index=self.ignore_index,
             chunk_size=self.chunk_size,
         )
         check_scalar("soft_weight", self.soft_weight, at_least=0)
         check_scalar("hard_weight", self.hard_weight, at_least=0)
         if self.labels is None and not _is(self.hard_weight, 0):
-            raise ValueError(
-                f"`hard_weight` is {self.hard_weight} but there are no `labels`; give labels or leave it 0"
-            )
+            what = "traced" if known_value(self.hard_weight) is None else self.hard_weight
+            raise ValueError(f"`hard_weight` is {what} but there are no `labels`; give labels or leave it 0")
         check_vocabulary(self.vocabulary)
 
     def row_options(self) -> RowOptions:
@@ -281,12 +293,14 @@ def _loss_of_arrays(
         labels=arguments.labels,
         weights=arguments.weights,
         normalizer=arguments.normalizer,
+        mask=arguments.mask,
         ignore_index=arguments.ignore_index,
     )
     loss = _RowLoss(
         teacher=teacher,
         labels=jnp.zeros_like(rows.weights, jnp.int32) if rows.labels is None else rows.labels,
         weights=rows.weights,
+        label_weights=rows.label_weights,
         soft_weight=jnp.asarray(arguments.soft_weight, dtype),
         hard_weight=jnp.asarray(arguments.hard_weight, dtype),
         temperature=jnp.asarray(arguments.temperature, dtype),
@@ -306,6 +320,7 @@ class _RowLoss:
     teacher: TeacherRows
     labels: Any
     weights: Any
+    label_weights: Any  # of the hard loss, where they are others; else None
     soft_weight: Any
     hard_weight: Any
     temperature: Any
@@ -313,7 +328,7 @@ class _RowLoss:
     row_losses: RowLosses = field(metadata={"static": True})
     options: RowOptions = field(metadata={"static": True})
     names = ("loss", "soft", "hard")
-    DIMS: ClassVar = {"labels": (ROWS,), "weights": (ROWS,)}
+    DIMS: ClassVar = {"labels": (ROWS,), "weights": (ROWS,), "label_weights": (ROWS,)}
 
     def take(self, index: Int[Array, " C"]) -> "_RowLoss":
         return replace(
@@ -321,17 +336,19 @@ class _RowLoss:
             teacher=self.teacher.take(index),
             labels=take_rows(self.labels, index),
             weights=take_rows(self.weights, index),
+            label_weights=None if self.label_weights is None else take_rows(self.label_weights, index),
         )
 
     def __call__(
         self, logits: Float[Array, "C V"], gradient_dtype: Any, place: Place | None
     ) -> tuple[Metrics, jax.Array | None]:
+        hard_weights = self.weights if self.label_weights is None else self.label_weights
         rows = ChunkRows(
             student=logits,
             teacher=self.teacher.compared(logits.dtype),
             labels=self.labels,
             soft_scale=self.soft_weight * self.weights,
-            hard_scale=self.hard_weight * self.weights,
+            hard_scale=self.hard_weight * hard_weights,
             temperature=self.temperature,
             divergence=self.divergence,
         )
@@ -339,6 +356,6 @@ class _RowLoss:
         sums = {
             "loss": weighted(rows.soft_scale, soft) + weighted(rows.hard_scale, hard),
             "soft": weighted(self.weights, soft),
-            "hard": weighted(self.weights, hard),
+            "hard": weighted(hard_weights, hard),
         }
         return sums, gradient

@@ -194,6 +194,21 @@ def test_forward_kl_is_the_default_divergence():
     assert default == named
 
 
+@pytest.mark.parametrize("labels", [np.full(N, -100), LABELS])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_normalizer_of_0_is_an_empty_batch(labels, compiled):
+    """What a micro-batch without a row that counts hands over as the count of its tokens: 0, and no error."""
+    student, teacher = inputs(jnp.float32)
+
+    def loss(student, normalizer):
+        return jaxkd.distillation_loss(student, teacher, labels, normalizer=normalizer, hard_weight=0.5, chunk_size=8)
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    (value, metrics), gradient = (jax.jit(value_and_grad) if compiled else value_and_grad)(student, 0)
+    assert float(metrics.pop("num_rows")) == (labels != -100).sum()
+    assert not any(np.any(x) for x in jax.tree.leaves((value, metrics, gradient)))
+
+
 def test_temperature_squared_is_not_multiplied_in():
     """At a high temperature tau^2 KL tends to half the variance of the logits' difference, so KL falls as tau^-2."""
     student, teacher = inputs(jnp.float32)
