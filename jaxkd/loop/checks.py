@@ -64,8 +64,7 @@ def check_same_rows(student: Source, teacher: Any, names: tuple[str, str]) -> No
 
 def check_labels(labels: Any, rows: tuple[int, ...], name: str) -> None:
     """Integers of the shape ``rows``, which is that of the argument ``name``."""
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-        raise TypeError(f"`labels` is {jnp.result_type(labels).name}; give integer token ids")
+    check_integers("labels", labels)
     if jnp.shape(labels) != rows:
         raise ValueError(f"`labels` has shape {jnp.shape(labels)} but `{name}` has leading shape {rows}")
 
@@ -79,8 +78,9 @@ def check_weights(weights: Any, rows: tuple[int, ...], name: str) -> None:
 
 
 def check_mask(mask: Any, rows: tuple[int, ...], name: str) -> None:
-    if jnp.result_type(mask) != jnp.bool:
-        raise TypeError(f"`mask` is {jnp.result_type(mask).name}; give booleans, True in the rows that count")
+    dtype = _dtype_of("mask", mask)
+    if dtype != jnp.bool:
+        raise TypeError(f"`mask` is {dtype.name}; give booleans, True in the rows that count")
     if jnp.shape(mask) != rows:
         raise ValueError(f"`mask` has shape {jnp.shape(mask)} but `{name}` has leading shape {rows}; give one for each")
 
@@ -153,6 +153,19 @@ def check_size(name: str, value: Any) -> None:
 def known_value(x: Any) -> np.ndarray | None:
     """The value of a number or array, or None while it is traced."""
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)
+
+
+def check_integers(name: str, ids: Any) -> None:
+    dtype = _dtype_of(name, ids)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"`{name}` is {dtype.name}; give integer token ids")
+
+
+def _dtype_of(name: str, x: Any) -> jnp.dtype:
+    try:
+        return jnp.result_type(x)
+    except TypeError:
+        raise TypeError(f"`{name}` is a {type(x).__name__}; give an array") from None
 
 
 def check_floating(name: str, x: Any) -> None:

@@ -71,7 +71,8 @@ def distillation_loss(
       divergence: `forward_kl`, `jensen_shannon(beta)`, `earth_mover`, ... or a `Divergence` or `RowDivergence` of your
         own.
       temperature: divides both models' logits in the soft loss. The loss is not multiplied by its square, as it is in
-        Hinton's recipe: pass ``soft_weight=temperature**2 * w`` for that.
+        Hinton's recipe: pass ``soft_weight=temperature**2 * w`` for that. A traced one that is not above 0, which no
+        error can name, makes the loss NaN.
       soft_weight, hard_weight: the weights of the two parts; a non-zero ``hard_weight`` needs labels.
       ignore_index: the label of a row that does not count.
       weights: (...) non-negative factors of the rows, or None for 1.
@@ -241,6 +242,12 @@ class _Arguments:
         )
 
 
+def _sound_temperature(temperature: Any, dtype: Any) -> jax.Array:
+    """NaN, and with it the loss, for a traced one that is not above 0: it cannot be refused."""
+    temperature = jnp.asarray(temperature, dtype)
+    return jnp.where(temperature > 0, temperature, jnp.nan) if known_value(temperature) is None else temperature
+
+
 def _is(value: Any, number: int) -> bool:
     """Whether it is a Python number, and this one: then it is known whatever is traced."""
     return isinstance(value, (int, float)) and value == number
@@ -303,7 +310,7 @@ def _loss_of_arrays(
         label_weights=rows.label_weights,
         soft_weight=jnp.asarray(arguments.soft_weight, dtype),
         hard_weight=jnp.asarray(arguments.hard_weight, dtype),
-        temperature=jnp.asarray(arguments.temperature, dtype),
+        temperature=_sound_temperature(arguments.temperature, dtype),
         divergence=divergence,
         row_losses=row_losses_for(arguments.implementation, chunk, divergence, in_buckets=teacher.IN_BUCKETS),
         options=options,

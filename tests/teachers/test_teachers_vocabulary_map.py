@@ -191,6 +191,7 @@ def test_the_sliced_head_is_what_the_error_says():
 TWO = jaxkd.Logits(jnp.ones((2, 5)))
 BAD = [
     (jnp.ones((2, 5)), [0], [0], {}, TypeError, "`teacher.teacher`.*LinearLogits"),
+    (jaxkd.Mixture([TWO]), [0], [0], {}, TypeError, "`teacher.teacher` is a Mixture"),
     (TWO, [0.0], [0], {}, TypeError, "`teacher.student_ids`.*float.*integer"),
     (TWO, [0, 1], [0], {}, ValueError, r"`teacher.student_ids`.*`teacher.teacher_ids`.*\(2,\).*\(1,\)"),
     (TWO, [[0]], [[0]], {}, ValueError, r"\(S,\)"),
