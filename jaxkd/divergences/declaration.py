@@ -13,9 +13,12 @@ Log-probabilities reach -inf (a masked token) and -200 (a token whose probabilit
 probability times an infinite logarithm the zero that it is in the limit, and a term at (-inf, -inf) must be 0.
 """
 
+import difflib
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +42,20 @@ class Divergence:
         form with less arithmetic. Its errors may be those of float32 logits, not relative to its results: it is for the
         kernels, and not for float64.
       slope_sum: the sum of the slopes over a row, where it is the same for all distributions.
+      is_nonnegative: whether the sum is at least 0 for all distributions. Rounding that takes it below is then cut off;
+        otherwise a row's loss is what the formula gives, of either sign.
 
     Called with log-probabilities of shape (..., V) it returns the divergence of each row, shape (...).
     """
+
+    vocabulary: ClassVar[str] = "common"
 
     term: Pointwise = field(metadata={"static": True})
     parameters: tuple[Any, ...] = ()
     slope: Pointwise | None = field(default=None, metadata={"static": True})
     kernel_form: Callable[..., tuple[jax.Array, jax.Array]] | None = field(default=None, metadata={"static": True})
     slope_sum: float | None = field(default=None, metadata={"static": True})
+    is_nonnegative: bool = field(default=False, metadata={"static": True})
 
     def term_and_slope(self, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The term and its derivative with respect to ``log_q``, elementwise."""
@@ -55,7 +63,9 @@ class Divergence:
             return self.term(log_p, log_q, *self.parameters), self.slope(log_p, log_q, *self.parameters)
         return jax.jvp(lambda x: self.term(log_p, x, *self.parameters), (log_q,), (jnp.ones_like(log_q),))
 
-    def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    def __call__(self, log_p: jax.Array | None = None, log_q: jax.Array | None = None) -> jax.Array:
+        if log_p is None or log_q is None:
+            raise TypeError(_not_to_be_called(self, "(log_p, log_q)"))
         return jnp.sum(self.term(log_p, log_q, *self.parameters), axis=-1)
 
 
@@ -71,18 +81,22 @@ class RowDivergence:
 
     Args:
       function: ``function(teacher, student, *parameters)`` of logits at the temperature, (C, Vt) and (C, V) in float32
-        (float64 for float64), to (C,); at least 0. A row's number depends on that row alone. Define it at module level:
-        it is part of what `jax.jit` compiles.
+        (float64 for float64), to (C,). A row's number depends on that row alone. Define it at module level: it is part
+        of what `jax.jit` compiles.
       parameters: arrays handed to ``function``, traced or not, in the type of the logits. They get no gradient.
       vocabulary: "common" if it compares token with token (both sides then have one width, by the ``vocabulary`` of
         `distillation_loss`), "own" if each side may keep all of its own.
+      is_nonnegative: whether it is at least 0 for all logits. Rounding that takes it below is then cut off.
     """
 
     function: Callable[..., jax.Array] = field(metadata={"static": True})
     parameters: tuple[Any, ...] = ()
     vocabulary: str = field(default="common", metadata={"static": True})
+    is_nonnegative: bool = field(default=False, metadata={"static": True})
 
-    def __call__(self, teacher: jax.Array, student: jax.Array) -> jax.Array:
+    def __call__(self, teacher: jax.Array | None = None, student: jax.Array | None = None) -> jax.Array:
+        if teacher is None or student is None:
+            raise TypeError(_not_to_be_called(self, "(teacher, student), the logits of both"))
         return self.function(teacher, student, *self.parameters)
 
 
@@ -90,5 +104,59 @@ AnyDivergence: TypeAlias = Divergence | RowDivergence
 
 
 def check_divergence(divergence: Any) -> None:
-    if not isinstance(divergence, Divergence | RowDivergence):
-        raise TypeError(f"`divergence` is {divergence!r}; give a jaxkd.Divergence such as jaxkd.jensen_shannon(0.5)")
+    """Raises an error for what is none, with what was probably meant."""
+    if isinstance(divergence, Divergence | RowDivergence):
+        return
+    if isinstance(divergence, str):
+        meant = " or ".join(_meant_by(divergence))
+        raise TypeError(f"`divergence` is the string {divergence!r}; give the object itself: {meant}")
+    if _makes_divergence(divergence):
+        raise TypeError(
+            f"`divergence` is a function that makes one; call it: {_spelled(divergence.__name__, divergence)}"
+        )
+    if inspect.isfunction(divergence):
+        name = divergence.__name__
+        raise TypeError(
+            f"`divergence` is the function {name}; give jaxkd.Divergence({name}) if it is a term of (log_p, log_q), "
+            f"jaxkd.RowDivergence({name}) if it takes the teacher's and the student's rows of logits"
+        )
+    raise TypeError(f"`divergence` is {divergence!r}; give a jaxkd.Divergence such as jaxkd.jensen_shannon(0.5)")
+
+
+def _meant_by(text: str) -> list[str]:
+    """The divergences whose names have the text in them, or begin with its letters, or are close to it; else all."""
+    known, key = _by_name(), text.lower().replace("-", "_").replace(" ", "_")
+    stem = key.removesuffix("d")  # of "kld", "jsd" and "tvd" the last letter stands for divergence or distance
+    initials = {name: "".join(word[0] for word in name.split("_")) for name in known}
+    names = [key] if key in known else [name for name in known if stem in name or stem == initials[name]]
+    for cutoff in (0.7, 0.4):
+        names = names or difflib.get_close_matches(key, known, cutoff=cutoff)
+    return [_spelled(name, known[name]) for name in names or sorted(known)]
+
+
+def _by_name() -> dict[str, Any]:
+    """All divergences there are under their public names, and the functions that make them."""
+    public = vars(sys.modules[__package__])
+    return {name: x for name, x in public.items() if isinstance(x, Divergence | RowDivergence) or _makes_divergence(x)}
+
+
+def _makes_divergence(x: Any) -> bool:
+    return inspect.isfunction(x) and x.__annotations__.get("return") in (Divergence, RowDivergence)
+
+
+def _spelled(name: str, divergence: Any) -> str:
+    """How it is handed over."""
+    if not _makes_divergence(divergence):
+        return f"jaxkd.{name}"
+    parameters = inspect.signature(divergence).parameters.values()
+    given = [x.name if x.default is x.empty else f"{x.name}={x.default!r}" for x in parameters]
+    module = "jaxkd." if _by_name().get(name) is divergence else ""
+    return f"{module}{name}({', '.join(given)})"
+
+
+def _not_to_be_called(divergence: AnyDivergence, arguments: str) -> str:
+    name = next((f"jaxkd.{name}" for name, x in _by_name().items() if x is divergence), "this")
+    return (
+        f"{name} is a divergence and not a function that makes one: give it as it is, `divergence=...`, without "
+        f"brackets; what it is called with is {arguments}"
+    )

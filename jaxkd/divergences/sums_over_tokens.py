@@ -41,7 +41,7 @@ def _forward_kl_term(log_p, log_q):
     return weigh(jnp.exp(log_p), log_p - log_q)
 
 
-forward_kl = Divergence(_forward_kl_term, slope_sum=-1.0)  # the slope is -p
+forward_kl = Divergence(_forward_kl_term, slope_sum=-1.0, is_nonnegative=True)  # the slope is -p
 """KL(P‖Q) = sum p (log p - log q), the usual distillation loss: the student covers all that the teacher does.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), without its tau**2.
@@ -52,7 +52,7 @@ def _reverse_kl_term(log_p, log_q):
     return weigh(jnp.exp(log_q), log_q - log_p)
 
 
-reverse_kl = Divergence(_reverse_kl_term)
+reverse_kl = Divergence(_reverse_kl_term, is_nonnegative=True)
 """KL(Q‖P) = sum q (log q - log p): the student seeks the teacher's modes. Infinite where p = 0 < q.
 
 Source: Gu et al., "MiniLLM" (arXiv 2306.08543).
@@ -103,7 +103,9 @@ def jensen_shannon(beta: ArrayLike = 0.5) -> Divergence:
     beta = _parameter("beta", beta, 0.0, 1.0)
     if isinstance(beta, float) and beta in (0, 1):
         return reverse_kl if beta else forward_kl
-    return Divergence(_jensen_shannon_term, (beta,), _jensen_shannon_slope, _jensen_shannon_kernel_form)
+    return Divergence(
+        _jensen_shannon_term, (beta,), _jensen_shannon_slope, _jensen_shannon_kernel_form, is_nonnegative=True
+    )
 
 
 def _symmetric_kl_term(log_p, log_q, weight):
@@ -125,7 +127,7 @@ def symmetric_kl(weight: ArrayLike = 0.5) -> Divergence:
     weight = _parameter("weight", weight, 0.0, 1.0)
     if isinstance(weight, float) and weight in (0, 1):
         return forward_kl if weight else reverse_kl
-    return Divergence(_symmetric_kl_term, (weight,))
+    return Divergence(_symmetric_kl_term, (weight,), is_nonnegative=True)
 
 
 def _skew_kl_term(log_p, log_q, alpha):
@@ -147,7 +149,7 @@ def skew_kl(alpha: ArrayLike = 0.1) -> Divergence:
     alpha = _parameter("alpha", alpha, 0.0, 1.0, high_is_in=False)
     if isinstance(alpha, float) and alpha == 0:
         return forward_kl
-    return Divergence(_skew_kl_term, (alpha,))
+    return Divergence(_skew_kl_term, (alpha,), is_nonnegative=True)
 
 
 def _total_variation_term(log_p, log_q):
@@ -162,7 +164,7 @@ def _total_variation_slope(log_p, log_q):
     return jnp.exp(log_q) * sign
 
 
-total_variation = Divergence(_total_variation_term, slope=_total_variation_slope)
+total_variation = Divergence(_total_variation_term, slope=_total_variation_slope, is_nonnegative=True)
 """1/2 sum |p - q|, at most 1; its slope is 0 where p = q.
 
 Source: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation" (arXiv 2307.15190).
@@ -173,7 +175,7 @@ def _hellinger_term(log_p, log_q):
     return jnp.square(jnp.exp(log_p / 2) - jnp.exp(log_q / 2)) / 2
 
 
-hellinger = Divergence(_hellinger_term)
+hellinger = Divergence(_hellinger_term, is_nonnegative=True)
 """The squared Hellinger distance 1/2 sum (sqrt p - sqrt q)^2, at most 1.
 
 Source: Hellinger, "Neue Begründung der Theorie quadratischer Formen von unendlichvielen Veränderlichen", 1909.
@@ -230,4 +232,4 @@ def alpha_divergence(alpha: ArrayLike = 0.5) -> Divergence:
     alpha = _parameter("alpha", alpha, -jnp.inf, jnp.inf, high_is_in=False)
     if isinstance(alpha, float) and alpha in (0, 1):
         return forward_kl if alpha else reverse_kl
-    return Divergence(_alpha_divergence_term, (alpha,))
+    return Divergence(_alpha_divergence_term, (alpha,), is_nonnegative=True)

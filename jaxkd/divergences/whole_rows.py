@@ -37,7 +37,7 @@ def _cosine_distance(teacher, student):
     return jnp.where((is_zero[0] | is_zero[1])[..., 0], 1, distance)
 
 
-cosine_distance = RowDivergence(_cosine_distance)
+cosine_distance = RowDivergence(_cosine_distance, is_nonnegative=True)
 """1 - cos(z_teacher, z_student) of the two logit vectors, in [0, 2]; 1 where one of them is all zero.
 
 The temperature cancels. It sees no common factor of the logits, but a common shift of them, which softmax does not see.
@@ -55,7 +55,7 @@ def _mse(teacher, student):
     return jnp.sum(jnp.square(student - teacher), axis=-1) / jnp.maximum(count, 1)
 
 
-mse = RowDivergence(_mse)
+mse = RowDivergence(_mse, is_nonnegative=True)
 """Logit regression: the mean over the vocabulary of (z_student - z_teacher)^2, both at the temperature.
 
 A mean, as `torch.nn.MSELoss`'s, not a sum: its size, and so a ``soft_weight`` that fits, does not hang on the width of
@@ -73,7 +73,7 @@ def _earth_mover(teacher, student):
     return jnp.sum(jnp.abs(p - q), axis=-1) / 2
 
 
-earth_mover = RowDivergence(_earth_mover, vocabulary="own")
+earth_mover = RowDivergence(_earth_mover, vocabulary="own", is_nonnegative=True)
 """1/2 sum |sort(p) - sort(q)|, at most 1: Wasserstein-1 with unit cost between the sorted probabilities.
 
 It knows no token, only how peaked a distribution is, and so compares models of different tokenizers: each keeps its own
@@ -151,13 +151,13 @@ def kernel_distance(embeddings: ArrayLike | None = None, *, degree: int = 1, off
     2.0000
     """
     if embeddings is None:
-        return RowDivergence(_identity_kernel)
+        return RowDivergence(_identity_kernel, is_nonnegative=True)
     check_size("degree", degree)
     check_scalar("offset", offset, at_least=0)
     _check_embeddings("embeddings", embeddings)
     if degree == 1:
-        return RowDivergence(_linear_kernel, (embeddings,))
-    return RowDivergence(_PolynomialKernel(degree), (embeddings, offset))
+        return RowDivergence(_linear_kernel, (embeddings,), is_nonnegative=True)
+    return RowDivergence(_PolynomialKernel(degree), (embeddings, offset), is_nonnegative=True)
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,9 @@ def sinkhorn(
     if sizes[0] != sizes[1]:
         raise ValueError(f"`student_embeddings` has E={sizes[1]} but `embeddings` has E={sizes[0]}; give one space")
     teacher_table, student_table = (_unit(table) for table in tables.values())
-    return RowDivergence(_Sinkhorn(top, iterations), (teacher_table, student_table, epsilon), vocabulary="own")
+    return RowDivergence(
+        _Sinkhorn(top, iterations), (teacher_table, student_table, epsilon), vocabulary="own", is_nonnegative=True
+    )
 
 
 def _unit(table: ArrayLike) -> jax.Array:

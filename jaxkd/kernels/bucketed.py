@@ -89,8 +89,8 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
     log_p, is_sound = teacher.bucket_log_probs(partition, own, temperature)
     term, slope = rows.divergence.term_and_slope(log_p, own.buckets)
     soft = jnp.sum(term, axis=1)
-    if teacher.tail != "zero":
-        soft = jnp.maximum(soft, 0)  # only rounding takes it below 0
+    if rows.divergence.is_nonnegative and teacher.tail != "zero":
+        soft = jnp.maximum(soft, 0)  # only rounding takes it below
     # Not earlier: XLA may compile the exponential of a select for numbers alone, and then selects none that is not one.
     soft = jnp.where(is_sound, soft, jnp.nan)
     log_q = jax.nn.log_softmax(student)

@@ -196,6 +196,7 @@ def _kernel(
     *refs,
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]],
     slope_sum: float | None,
+    is_nonnegative: bool,
     num_parameters: int,
     options: RowOptions,
     width: int,
@@ -280,7 +281,7 @@ def _kernel(
     @pl.when(row.part == 0)
     def _():
         at = pl.ds(row.index * THREADS, THREADS)
-        named.soft_gmem[at] = jnp.maximum(term_sum, 0.0)
+        named.soft_gmem[at] = jnp.maximum(term_sum, 0.0) if is_nonnegative else term_sum
         named.top_gmem[at] = plain_lse.top
         named.log_total_gmem[at] = plain_lse.log_total * LN2
 
@@ -319,6 +320,7 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
             _kernel,
             term_and_slope=base_2_term_and_slope_of(rows.divergence),
             slope_sum=rows.divergence.slope_sum,
+            is_nonnegative=rows.divergence.is_nonnegative,
             num_parameters=len(parameters),
             options=options,
             width=width,

@@ -108,6 +108,7 @@ class _RunningSum(NamedTuple):
 def _kernel(
     *refs,
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]],
+    is_nonnegative: bool,
     num_parameters: int,
     options: RowOptions,
     block: int,
@@ -161,7 +162,8 @@ def _kernel(
             return sums[0] + jnp.where(mask, term, 0), sums[1] + jnp.where(mask, slope, 0)
 
         term_sum, slope_sum = _sweep(segment, block, add, (term_sum, slope_sum))
-    row.soft[...] = jnp.maximum(jnp.sum(term_sum), 0)
+    soft = jnp.sum(term_sum)
+    row.soft[...] = jnp.maximum(soft, 0) if is_nonnegative else soft
     if row.gradient is None:
         return
 
@@ -221,6 +223,7 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
         partial(
             _kernel,
             term_and_slope=term_and_slope_of(rows.divergence),
+            is_nonnegative=rows.divergence.is_nonnegative,
             num_parameters=len(parameters),
             options=options,
             block=block,

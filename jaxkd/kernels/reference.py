@@ -39,7 +39,9 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
         term, slope = rows.divergence.term(log_p, log_q, *rows.divergence.parameters), None
     else:
         term, slope = rows.divergence.term_and_slope(log_p, log_q)
-    soft = jnp.maximum(psum(jnp.sum(term, axis=1), axes), 0)  # only rounding takes it below 0
+    soft = psum(jnp.sum(term, axis=1), axes)
+    if rows.divergence.is_nonnegative:
+        soft = jnp.maximum(soft, 0)  # only rounding takes it below
     hard = jnp.zeros_like(soft)
     if options.has_labels:
         plain_log_q = log_q if is_same and not options.is_tempered else log_softmax(student, axes)

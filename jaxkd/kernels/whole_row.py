@@ -31,7 +31,9 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
             loss, pullback = jax.vjp(function, rows.student)
             losses.append(loss)
             gradient = gradient + jnp.where(scale[:, None] == 0, 0, pullback(vary_like(scale, loss))[0])
-    soft_loss, hard_loss = jnp.maximum(losses[0], 0), losses[1]  # only rounding takes it below 0
+    soft_loss, hard_loss = losses
+    if rows.divergence.is_nonnegative:
+        soft_loss = jnp.maximum(soft_loss, 0)  # only rounding takes it below
     if options.gradient_dtype is None:
         return soft_loss, hard_loss, None
     return soft_loss, hard_loss, placed(gradient.astype(options.gradient_dtype), place)

@@ -64,8 +64,7 @@ def check_same_rows(student: Source, teacher: Any, names: tuple[str, str]) -> No
 
 def check_labels(labels: Any, rows: tuple[int, ...], name: str) -> None:
     """Integers of the shape ``rows``, which is that of the argument ``name``."""
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-        raise TypeError(f"`labels` is {jnp.result_type(labels).name}; give integer token ids")
+    check_integers("labels", labels)
     if jnp.shape(labels) != rows:
         raise ValueError(f"`labels` has shape {jnp.shape(labels)} but `{name}` has leading shape {rows}")
 
@@ -76,6 +75,14 @@ def check_weights(weights: Any, rows: tuple[int, ...], name: str) -> None:
     known = known_value(weights)
     if known is not None and (known < 0).any():
         raise ValueError(f"`weights` has a negative value ({known.min():g}); weights are at least 0")
+
+
+def check_mask(mask: Any, rows: tuple[int, ...], name: str) -> None:
+    dtype = _dtype_of("mask", mask)
+    if dtype != jnp.bool:
+        raise TypeError(f"`mask` is {dtype.name}; give booleans, True in the rows that count")
+    if jnp.shape(mask) != rows:
+        raise ValueError(f"`mask` has shape {jnp.shape(mask)} but `{name}` has leading shape {rows}; give one for each")
 
 
 def check_scalar(name: str, value: Any, above: float | None = None, at_least: float | None = None) -> None:
@@ -99,6 +106,7 @@ def check_row_arguments(
     labels: Any = None,
     weights: Any = None,
     normalizer: Any = None,
+    mask: Any = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
 ) -> None:
@@ -107,16 +115,28 @@ def check_row_arguments(
         check_labels(labels, student.leading_shape, name)
     if weights is not None:
         check_weights(weights, student.leading_shape, name)
+    if mask is not None:
+        check_mask(mask, student.leading_shape, name)
     if normalizer is not None:
-        check_scalar("normalizer", normalizer, above=0)
+        check_scalar("normalizer", normalizer, at_least=0)
     check_integer("ignore_index", ignore_index)
     if chunk_size is not None:
         check_size("chunk_size", chunk_size)
 
 
 def check_vocabulary(vocabulary: Any) -> None:
-    if vocabulary not in ("truncate", "mask"):
+    if vocabulary not in (None, "truncate", "mask"):
         raise ValueError(f'`vocabulary` is {vocabulary!r}; give "truncate" or "mask"')
+
+
+def check_widths(student: int, teacher: int, *, vocabulary: str | None) -> None:
+    """Of two vocabularies that are compared token by token: what is done where they differ has to be said."""
+    if student != teacher and vocabulary is None:
+        raise ValueError(
+            f"the student has V={student} tokens but the teacher V={teacher}; for one tokenizer give `vocabulary`, "
+            '"truncate" to compare the common first columns or "mask" to give -inf where a side has no token; for '
+            "different tokenizers give a jaxkd.VocabularyMap as `teacher`"
+        )
 
 
 def check_integer(name: str, value: Any) -> None:
@@ -133,6 +153,19 @@ def check_size(name: str, value: Any) -> None:
 def known_value(x: Any) -> np.ndarray | None:
     """The value of a number or array, or None while it is traced."""
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)
+
+
+def check_integers(name: str, ids: Any) -> None:
+    dtype = _dtype_of(name, ids)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"`{name}` is {dtype.name}; give integer token ids")
+
+
+def _dtype_of(name: str, x: Any) -> jnp.dtype:
+    try:
+        return jnp.result_type(x)
+    except TypeError:
+        raise TypeError(f"`{name}` is a {type(x).__name__}; give an array") from None
 
 
 def check_floating(name: str, x: Any) -> None:

@@ -13,7 +13,15 @@ from jaxkd.divergences import AnyDivergence, Divergence, check_divergence, forwa
 from jaxkd.kernels import Chunk, ChunkRows, RowLosses, RowOptions, VocabularyShards, row_losses_for
 from jaxkd.logits import LinearLogits, Place, Source, take_rows
 from jaxkd.loop import Metrics, Plan, Sharding, count_rows, metrics_of, rows_of_chunk, sum_rows, weighted
-from jaxkd.loop.checks import check_row_arguments, check_same_rows, check_scalar, check_source, check_vocabulary
+from jaxkd.loop.checks import (
+    check_row_arguments,
+    check_same_rows,
+    check_scalar,
+    check_source,
+    check_vocabulary,
+    check_widths,
+    known_value,
+)
 from jaxkd.loop.flattening import check_sources, flat_sources, on_auto_axes, splits_vocabulary
 from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
 from jaxkd.teachers import Teacher, TeacherRows, check_teacher, rows_of
@@ -31,7 +39,8 @@ def distillation_loss(
     ignore_index: int = -100,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
-    vocabulary: str = "truncate",
+    mask: ArrayLike | None = None,
+    vocabulary: str | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
     sharding: Sharding | None = None,
@@ -45,6 +54,10 @@ def distillation_loss(
     the label. A row counts when its label is not ``ignore_index``; without labels all do. A row that does not count
     adds exactly nothing to the loss or to any gradient, whatever its states hold.
 
+    With a ``mask`` the two parts have rows of their own: soft_n counts in the rows of the mask, hard_n where the label
+    does, and each is divided by the sum of its own rows' weights. (DistilBERT has labels on 15 % of the tokens and the
+    soft loss on all.) A row in neither is never read.
+
     Logits, losses and the sum of the head's gradient over chunks are float32 whatever the inputs (float64 for float64
     hidden states); matrix products run in the type of the hidden states. Gradients come in the type of their primal.
 
@@ -53,19 +66,23 @@ def distillation_loss(
       teacher: the same with leading axes equal to the student's and a width of its own; or `TopKLogProbs`, what is kept
         of a teacher that is not there; a `Mixture` of several; a `VocabularyMap`, of another tokenizer. No gradient
         ever reaches it.
-      labels: (...) integers, or None. One outside the student's vocabulary other than ``ignore_index`` makes the loss
-        NaN.
+      labels: (...) integers, or None: ``labels[:, t]`` is the token after position t, for which position t's logits
+        are. One outside the student's vocabulary other than ``ignore_index`` makes the loss NaN.
       divergence: `forward_kl`, `jensen_shannon(beta)`, `earth_mover`, ... or a `Divergence` or `RowDivergence` of your
         own.
       temperature: divides both models' logits in the soft loss. The loss is not multiplied by its square, as it is in
-        Hinton's recipe: pass ``soft_weight=temperature**2 * w`` for that.
+        Hinton's recipe: pass ``soft_weight=temperature**2 * w`` for that. A traced one that is not above 0, which no
+        error can name, makes the loss NaN.
       soft_weight, hard_weight: the weights of the two parts; a non-zero ``hard_weight`` needs labels.
       ignore_index: the label of a row that does not count.
       weights: (...) non-negative factors of the rows, or None for 1.
       normalizer: what divides the sum; None is the sum of the counted rows' weights. With the token count of a global
-        batch, the losses and gradients of its micro-batches add up to those of the whole.
-      vocabulary: for models of different widths: "truncate" compares the common first columns, both sides renormalised
-        over them; "mask" gives a side -inf where it has no token.
+        batch, the losses and gradients of its micro-batches add up to those of the whole. It divides both parts where a
+        ``mask`` gives them rows of their own. Where it is 0, so is all that it divides.
+      mask: (...) booleans, the rows of the soft loss, or None for those whose label counts.
+      vocabulary: for models of one tokenizer whose widths differ, an error unless it is said: "truncate" compares the
+        common first columns, both sides renormalised over them (heads that are padded differently); "mask" gives a side
+        -inf where it has no token. Different tokenizers need a `VocabularyMap`, or `earth_mover` or `sinkhorn`.
       chunk_size: rows whose logits, or gradients of these, exist at a time, at most; None chooses by the widths of the
         vocabularies.
       implementation: "mosaic" (the kernel for Hopper GPUs), "triton" (the kernel for CUDA GPUs), "xla", or None for the
@@ -79,8 +96,8 @@ def distillation_loss(
     Returns:
       The loss, a float32 scalar (float64 for float64), and metrics ``{"soft", "hard", "num_rows"}``: the two parts,
       normalised as the loss is but not weighted by ``soft_weight`` and ``hard_weight`` ("hard" is 0 without labels),
-      and the number of rows that count. Metrics are for reading and carry no gradient: to change what is trained on,
-      use ``soft_weight`` and ``hard_weight``.
+      and the number of rows that count, for either part. Metrics are for reading and carry no gradient: to change what
+      is trained on, use ``soft_weight`` and ``hard_weight``.
 
     Raises:
       TypeError, ValueError: shapes, types or values that do not fit, named, before any work.
@@ -102,6 +119,7 @@ def distillation_loss(
         ignore_index=ignore_index,
         weights=weights,
         normalizer=normalizer,
+        mask=mask,
         vocabulary=vocabulary,
         chunk_size=chunk_size,
         implementation=implementation,
@@ -126,6 +144,8 @@ def fused_linear_jsd(
     ignore_index: int = -100,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    vocabulary: str | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
     sharding: Sharding | None = None,
@@ -138,7 +158,7 @@ def fused_linear_jsd(
     Args:
       student_hidden: (..., D) floating; student_weight: (V, D); student_bias: (V,) or None. They get gradients.
       teacher_hidden: (..., Dt) floating; teacher_weight: (Vt, Dt); teacher_bias: (Vt,) or None. They get none.
-      labels: (...) integers or None.
+      labels: (...) integers or None; ``labels[:, t]`` is the token after position t.
       beta: the teacher's weight in the mixture, in [0, 1]; strictly inside if traced.
 
     The other arguments, the result ``(loss, metrics)``, units and errors are those of `distillation_loss`; metrics
@@ -159,7 +179,8 @@ def fused_linear_jsd(
         ignore_index=ignore_index,
         weights=weights,
         normalizer=normalizer,
-        vocabulary="truncate",
+        mask=mask,
+        vocabulary=vocabulary,
         chunk_size=chunk_size,
         implementation=implementation,
         sharding=sharding,
@@ -181,8 +202,9 @@ class _Arguments:
     hard_weight: Any
     weights: Any
     normalizer: Any
+    mask: Any
     ignore_index: int = field(metadata={"static": True})
-    vocabulary: str = field(metadata={"static": True})
+    vocabulary: str | None = field(metadata={"static": True})
     chunk_size: int | None = field(metadata={"static": True})
     implementation: str | None = field(metadata={"static": True})
     sharding: Sharding | None = field(metadata={"static": True})
@@ -201,23 +223,29 @@ class _Arguments:
             labels=self.labels,
             weights=self.weights,
             normalizer=self.normalizer,
+            mask=self.mask,
             ignore_index=self.ignore_index,
             chunk_size=self.chunk_size,
         )
         check_scalar("soft_weight", self.soft_weight, at_least=0)
         check_scalar("hard_weight", self.hard_weight, at_least=0)
         if self.labels is None and not _is(self.hard_weight, 0):
-            raise ValueError(
-                f"`hard_weight` is {self.hard_weight} but there are no `labels`; give labels or leave it 0"
-            )
+            what = "traced" if known_value(self.hard_weight) is None else self.hard_weight
+            raise ValueError(f"`hard_weight` is {what} but there are no `labels`; give labels or leave it 0")
         check_vocabulary(self.vocabulary)
 
     def row_options(self) -> RowOptions:
         return RowOptions(
-            vocabulary=self.vocabulary,
+            vocabulary=self.vocabulary or "truncate",
             has_labels=self.labels is not None,
             is_tempered=not _is(self.temperature, 1),
         )
+
+
+def _sound_temperature(temperature: Any, dtype: Any) -> jax.Array:
+    """NaN, and with it the loss, for a traced one that is not above 0: it cannot be refused."""
+    temperature = jnp.asarray(temperature, dtype)
+    return jnp.where(temperature > 0, temperature, jnp.nan) if known_value(temperature) is None else temperature
 
 
 def _is(value: Any, number: int) -> bool:
@@ -237,6 +265,10 @@ def _distillation_loss(
         needs_whole_rows = f"a {type(teacher).__name__} as `teacher`"
     partitioning = partitioning_of(arguments.sharding, student, needs_whole_rows)
     check_sources(partitioning, student, rows)
+    if arguments.divergence.vocabulary == "common" and not rows.IN_BUCKETS:
+        check_widths(
+            *(partitioning.whole_width(x.vocabulary) for x in (student, rows)), vocabulary=arguments.vocabulary
+        )
     function = partial(_loss_of_arrays, partitioning=partitioning, options=arguments.row_options())
     return on_auto_axes(partitioning, function, student, rows, arguments)
 
@@ -268,15 +300,17 @@ def _loss_of_arrays(
         labels=arguments.labels,
         weights=arguments.weights,
         normalizer=arguments.normalizer,
+        mask=arguments.mask,
         ignore_index=arguments.ignore_index,
     )
     loss = _RowLoss(
         teacher=teacher,
         labels=jnp.zeros_like(rows.weights, jnp.int32) if rows.labels is None else rows.labels,
         weights=rows.weights,
+        label_weights=rows.label_weights,
         soft_weight=jnp.asarray(arguments.soft_weight, dtype),
         hard_weight=jnp.asarray(arguments.hard_weight, dtype),
-        temperature=jnp.asarray(arguments.temperature, dtype),
+        temperature=_sound_temperature(arguments.temperature, dtype),
         divergence=divergence,
         row_losses=row_losses_for(arguments.implementation, chunk, divergence, in_buckets=teacher.IN_BUCKETS),
         options=options,
@@ -293,6 +327,7 @@ class _RowLoss:
     teacher: TeacherRows
     labels: Any
     weights: Any
+    label_weights: Any  # of the hard loss, where they are others; else None
     soft_weight: Any
     hard_weight: Any
     temperature: Any
@@ -300,7 +335,7 @@ class _RowLoss:
     row_losses: RowLosses = field(metadata={"static": True})
     options: RowOptions = field(metadata={"static": True})
     names = ("loss", "soft", "hard")
-    DIMS: ClassVar = {"labels": (ROWS,), "weights": (ROWS,)}
+    DIMS: ClassVar = {"labels": (ROWS,), "weights": (ROWS,), "label_weights": (ROWS,)}
 
     def take(self, index: Int[Array, " C"]) -> "_RowLoss":
         return replace(
@@ -308,17 +343,19 @@ class _RowLoss:
             teacher=self.teacher.take(index),
             labels=take_rows(self.labels, index),
             weights=take_rows(self.weights, index),
+            label_weights=None if self.label_weights is None else take_rows(self.label_weights, index),
         )
 
     def __call__(
         self, logits: Float[Array, "C V"], gradient_dtype: Any, place: Place | None
     ) -> tuple[Metrics, jax.Array | None]:
+        hard_weights = self.weights if self.label_weights is None else self.label_weights
         rows = ChunkRows(
             student=logits,
             teacher=self.teacher.compared(logits.dtype),
             labels=self.labels,
             soft_scale=self.soft_weight * self.weights,
-            hard_scale=self.hard_weight * self.weights,
+            hard_scale=self.hard_weight * hard_weights,
             temperature=self.temperature,
             divergence=self.divergence,
         )
@@ -326,6 +363,6 @@ class _RowLoss:
         sums = {
             "loss": weighted(rows.soft_scale, soft) + weighted(rows.hard_scale, hard),
             "soft": weighted(self.weights, soft),
-            "hard": weighted(self.weights, hard),
+            "hard": weighted(hard_weights, hard),
         }
         return sums, gradient

@@ -14,7 +14,14 @@ from jaxkd.kernels import ChunkRows, RowOptions, VocabularyShards, xla_row_losse
 from jaxkd.kernels.reference import at_label, label_log_probs, log_softmax, own_columns, own_labels, top_token
 from jaxkd.logits import Place, Source, take_rows
 from jaxkd.loop import Plan, Sharding, count_rows, map_rows, rows_of_chunk, weighted
-from jaxkd.loop.checks import check_row_arguments, check_same_rows, check_scalar, check_source, check_vocabulary
+from jaxkd.loop.checks import (
+    check_row_arguments,
+    check_same_rows,
+    check_scalar,
+    check_source,
+    check_vocabulary,
+    check_widths,
+)
 from jaxkd.loop.collectives import psum
 from jaxkd.loop.flattening import check_sources, flat_sources, on_auto_axes, with_leading_axes
 from jaxkd.loop.partitioning import ROWS, Axes, Partitioning, partitioning_of
@@ -151,7 +158,7 @@ def token_statistics(
     *,
     divergence: AnyDivergence = forward_kl,
     temperature: ArrayLike = 1.0,
-    vocabulary: str = "truncate",
+    vocabulary: str | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
     sharding: Sharding | None = None,
@@ -198,7 +205,9 @@ def token_statistics(
     needs_whole_rows = None if isinstance(divergence, Divergence) or teacher is None else "this `divergence`"
     partitioning = partitioning_of(sharding, student, needs_whole_rows)
     check_sources(partitioning, student, teacher)
-    of_arrays = partial(_statistics_of_arrays, partitioning, ignore_index, chunk_size, vocabulary)
+    if teacher is not None and divergence.vocabulary == "common":
+        check_widths(*(partitioning.whole_width(x.vocabulary) for x in (student, teacher)), vocabulary=vocabulary)
+    of_arrays = partial(_statistics_of_arrays, partitioning, ignore_index, chunk_size, vocabulary or "truncate")
     arrays = student, teacher, labels, divergence, temperature
     return on_auto_axes(partitioning, of_arrays, *jax.lax.stop_gradient(arrays), gives_rows=True)
 

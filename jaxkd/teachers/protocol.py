@@ -57,7 +57,7 @@ class TeacherKind(Protocol):
 
 def check_teacher(teacher: Any, prefix: str, student: Source, divergence: AnyDivergence, temperature: Any) -> None:
     """Raises an error for a teacher that does not fit; ``prefix`` is what its fields are called by the caller."""
-    if not isinstance(teacher, TeacherKind):
+    if not isinstance(teacher, TeacherKind) or isinstance(teacher, type):
         return check_source(teacher, prefix)
     name = prefix.rstrip("._")
     if getattr(teacher, "IN_BUCKETS", False) and not isinstance(divergence, Divergence):

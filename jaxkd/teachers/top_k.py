@@ -5,12 +5,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkd.divergences import AnyDivergence, forward_kl
 from jaxkd.kernels import Buckets, Partition, partition_by, token_ids
 from jaxkd.logits import Source, logits_dtype, take_rows
-from jaxkd.loop.checks import check_floating, check_scalar, known_value
+from jaxkd.loop.checks import check_floating, check_integers, check_scalar, known_value
 
 TAILS = ("bucket", "renormalize", "zero")
 PADDING = -1
@@ -23,8 +24,9 @@ MOST_ABOVE_ONE = 0.05
 class TopKLogProbs:
     """Log-probabilities of K tokens a row, in any order: a cached teacher for `distillation_loss`.
 
-    An entry with token id -1 or log-probability -inf is padding, so that K may differ from row to row; of entries with
-    the same token the first counts. A row without entries has loss 0. Nothing of size (N, V) is formed.
+    An entry with token id -1 or log-probability -inf is padding, so that K may differ from row to row. Zeros are none:
+    they say that token 0 is certain. Of entries with the same token the first counts. A row without entries has loss 0.
+    Nothing of size (N, V) is formed.
 
     Args:
       log_probs: (..., K) floating, of a softmax over the whole vocabulary.
@@ -85,8 +87,7 @@ class TopKLogProbs:
         """Raises an error for what does not fit the student's tokens, the divergence or the temperature."""
         width = student.vocabulary
         check_floating(f"{name}.log_probs", self.log_probs)
-        if not jnp.issubdtype(jnp.result_type(self.token_ids), jnp.integer):
-            raise TypeError(f"`{name}.token_ids` is {jnp.result_type(self.token_ids).name}; give integer token ids")
+        check_integers(f"{name}.token_ids", self.token_ids)
         shape = self.log_probs.shape
         if jnp.shape(self.token_ids) != shape:
             raise ValueError(
@@ -98,6 +99,11 @@ class TopKLogProbs:
         known = known_value(self.log_probs)
         if known is not None and known.size and (known.max(axis=-1) > MOST_ABOVE_ONE).all():  # rows may be ignored
             raise ValueError(f"`{name}.log_probs` has positive values in every row; give log-probabilities, not logits")
+        if self._is_padded_with_zeros(known):
+            raise ValueError(
+                f"`{name}` has rows that list token 0 with log-probability 0, that is as certain, beside other tokens; "
+                "pad with token id -1 or log-probability -inf"
+            )
         if self.tail not in TAILS:
             raise ValueError(f"`{name}.tail` is {self.tail!r}; give one of {TAILS}")
         if self.tail == "zero" and getattr(divergence, "term", None) is not forward_kl.term:
@@ -116,6 +122,17 @@ class TopKLogProbs:
                 "probability of the tokens that are not listed is unknown; capture it at that temperature, or give "
                 'tail="renormalize"'
             )
+
+    def _is_padded_with_zeros(self, log_probs: np.ndarray | None) -> bool:
+        """As far as the values are known."""
+        if log_probs is None or not (log_probs == 0).any():
+            return False
+        ids = known_value(self.token_ids)
+        if ids is None:
+            return False
+        is_zero = (ids == 0) & (log_probs == 0)
+        others = np.exp(np.where((ids == 0) | (ids == PADDING), -np.inf, np.minimum(log_probs, 0)))
+        return bool((is_zero.any(axis=-1) & (others.sum(axis=-1) > MOST_ABOVE_ONE)).any())
 
     def at(self, temperature: Any) -> "TopKLogProbs":
         return jax.lax.stop_gradient(self)

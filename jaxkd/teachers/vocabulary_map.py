@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkd.divergences import AnyDivergence
+from jaxkd.divergences import AnyDivergence, Divergence
 from jaxkd.kernels import Buckets, Partition, buckets_of, partition_by, token_ids
 from jaxkd.logits import Source
-from jaxkd.loop.checks import check_source, known_value
+from jaxkd.loop.checks import check_integers, check_source, known_value
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +22,16 @@ class VocabularyMap:
     Both distributions become S + 1 buckets, compared by any pointwise divergence: each shared token, and all other
     tokens of that model together.
 
-    Rows must still stand for the same place in the text on both sides. Where one model has no other token than the
-    shared ones and the other has, forward or reverse KL is infinite: take `jensen_shannon`.
+    Rows must still stand for the same place in the text on both sides.
+
+    Where all the student's tokens are shared and the teacher has others, forward KL is infinite, an error. So it is for
+    a draft model whose vocabulary is a part of the teacher's (speculative decoding): slice the teacher's head instead,
+
+        teacher = LinearLogits(teacher_hidden, teacher_weight[token_ids])
+
+    with the teacher's token of each of the student's. It is the teacher renormalised over these tokens, and logits of
+    the others are never formed. Where all the teacher's tokens are shared and the student has others, so it is for
+    reverse KL and the student's head. `jensen_shannon` is finite in both.
 
     Args:
       teacher: `LinearLogits` or `Logits`, of its own vocabulary; no gradient ever reaches it.
@@ -73,8 +81,7 @@ class VocabularyMap:
         shapes = {}
         for side, vocabulary in (("student", student.vocabulary), ("teacher", self.vocabulary)):
             ids, ids_name = getattr(self, f"{side}_ids"), f"{name}.{side}_ids"
-            if not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
-                raise TypeError(f"`{ids_name}` is {jnp.result_type(ids).name}; give integer token ids")
+            check_integers(ids_name, ids)
             shapes[side] = jnp.shape(ids)
             known = known_value(ids)
             if known is None or not known.size:
@@ -90,6 +97,20 @@ class VocabularyMap:
                 f"`{name}.student_ids` and `{name}.teacher_ids` have shapes {shapes['student']} and "
                 f"{shapes['teacher']}; give (S,) both, with one pair at least"
             )
+        self._check_is_finite(name, student.vocabulary, divergence)
+
+    def _check_is_finite(self, name: str, width: int, divergence: AnyDivergence) -> None:
+        """Raises an error where one side has no token that the other side's rest could be, and that is infinite."""
+        shared, widths = jnp.shape(self.student_ids)[0], {"student": width, "teacher": self.vocabulary}
+        for side, other, log_p, log_q in (("student", "teacher", -1, -jnp.inf), ("teacher", "student", -jnp.inf, -1)):
+            if shared == widths[side] < widths[other] and _is_infinite(divergence, log_p, log_q):
+                raise ValueError(
+                    f"`{name}` maps all V={shared} tokens of the {side}, and the {other} has {widths[other] - shared} "
+                    f"more: their probability makes this `divergence` infinite. Slice the {other}'s head, "
+                    f"jaxkd.LinearLogits(hidden, weight[token_ids]) with the {other}'s token of each of the {side}'s: "
+                    f"token_ids = {other}_ids[jnp.argsort({side}_ids)], without a VocabularyMap; or give a divergence "
+                    "that is finite there, such as jaxkd.jensen_shannon(0.5)"
+                )
 
     def at(self, temperature: Any) -> "VocabularyMap":
         return jax.lax.stop_gradient(self)
@@ -116,3 +137,12 @@ class VocabularyMap:
         own = partition_by(token_ids(self.teacher_ids), True, z.shape[1])
         is_sound = jnp.broadcast_to(jnp.all(partition.is_used & own.is_used), z.shape[:1])
         return jax.vmap(buckets_of, in_axes=(0, None))(z, own).buckets, is_sound
+
+
+def _is_infinite(divergence: AnyDivergence, log_p: float, log_q: float) -> bool:
+    """Whether its term is, as far as can be known at tracing: not where a parameter is traced."""
+    if not isinstance(divergence, Divergence) or any(known_value(x) is None for x in divergence.parameters):
+        return False
+    with jax.ensure_compile_time_eval():
+        term = divergence.term(jnp.asarray(log_p, jnp.float32), jnp.asarray(log_q, jnp.float32), *divergence.parameters)
+        return bool(jnp.isinf(term))

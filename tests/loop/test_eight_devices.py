@@ -336,3 +336,18 @@ def test_memory_of_a_device():
     alone = temporary(mesh_of((1,), ("x",)), "x", (), P(), None)
     vocabulary = temporary(mesh_of((8,), ("x",)), (), "x", P("x", None), None)
     assert vocabulary < alone / 4
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [("x", "y"), (P(("x", "y")), "y")])
+def test_a_mask_of_the_soft_loss(rows, vocabulary):
+    """Two sets of rows, each divided by a sum over all devices; some devices have no row of one of them."""
+    student, teacher, labels, weights = data(13, 101)
+    mask = np.arange(13) % 3 > 0
+    mask[:6] = False
+
+    def of(sharding):
+        options = {**OPTIONS, "sharding": sharding, "weights": weights, "mask": mask}
+        return jax.jit(jax.value_and_grad(lambda *x: jaxkd.distillation_loss(*x, labels, **options), has_aux=True))
+
+    sharding = jaxkd.Sharding(rows, vocabulary, mesh_of((2, 4), ("x", "y")))
+    check(of(sharding)(student, teacher), of(None)(student, teacher))

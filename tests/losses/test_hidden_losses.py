@@ -143,7 +143,7 @@ BAD = {
     "labels": ({"labels": jnp.zeros((B, 8), int)}, ValueError, r"`labels`.*\(2, 8\).*\(2, 7\)"),
     "weights": ({"weights": -np.ones((B, T))}, ValueError, "`weights`.*-1"),
     "ignore_index": ({"ignore_index": 1.0}, TypeError, "`ignore_index`"),
-    "normalizer": ({"normalizer": 0}, ValueError, "`normalizer`"),
+    "normalizer": ({"normalizer": -1}, ValueError, "`normalizer`"),
     "chunk_size": ({"chunk_size": 0}, ValueError, "`chunk_size`"),
 }
 

@@ -244,7 +244,8 @@ def test_compiled_memory_does_not_grow_with_the_rows():
 
 def test_statistics():
     student, teacher = STUDENT.astype(jnp.float32), TEACHER.astype(jnp.float32)
-    statistics = partial(jaxkd.token_statistics, divergence=jaxkd.jensen_shannon(), temperature=2.0, chunk_size=CHUNK)
+    options = {"divergence": jaxkd.jensen_shannon(), "temperature": 2.0, "vocabulary": "truncate"}
+    statistics = partial(jaxkd.token_statistics, chunk_size=CHUNK, **options)
     got = jax.jit(statistics)(student, LABELS, teacher)
     z, z_teacher = (cases.twin(x).logits.reshape(B, T, -1) for x in (student, teacher))
     log_q = cases.log_softmax(z)
@@ -284,7 +285,7 @@ def test_statistics_never_look_at_other_rows_and_carry_no_gradient():
     poisoned = jaxkd.LinearLogits(jnp.where(COUNTED[..., None], student.hidden, jnp.nan), student.weight)
 
     def entropy(student):
-        statistics = jaxkd.token_statistics(student, LABELS, teacher, chunk_size=CHUNK)
+        statistics = jaxkd.token_statistics(student, LABELS, teacher, vocabulary="truncate", chunk_size=CHUNK)
         return sum(jnp.sum(x.astype(jnp.float32)) for x in statistics.values())
 
     value, gradient = jax.jit(jax.value_and_grad(entropy))(poisoned)
@@ -310,6 +311,7 @@ BAD = [
     (lambda: jaxkd.token_statistics(Z, teacher=jaxkd.Logits(jnp.ones((3, 5)))), ValueError, "`teacher.values`"),
     (lambda: jaxkd.token_statistics(Z, teacher=Z, divergence="kl"), TypeError, "`divergence`.*kl"),
     (lambda: jaxkd.token_statistics(Z, teacher=Z, temperature=0.0), ValueError, "`temperature`.*0"),
+    (lambda: jaxkd.token_statistics(Z, teacher=jaxkd.Logits(jnp.ones((4, 7)))), ValueError, "V=5.*V=7.*`vocabulary`"),
     (lambda: jaxkd.token_statistics(Z, teacher=Z, vocabulary="pad"), ValueError, "`vocabulary`.*pad"),
 ]
 

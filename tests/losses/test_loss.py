@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import jaxkd
+from jaxkd.divergences import weigh
+from jaxkd.kernels import pallas_triton
 
 N, D, D_TEACHER, V = 23, 12, 9, 123
 LABELS = cases.some_labels(3, N, V)
@@ -173,11 +175,50 @@ def test_head_against_formed_logits():
     cases.check(result, truth, loss=3e-6, gradient=1e-5)
 
 
+WIDE = jaxkd.Logits(np.array([[np.log(0.5), np.log(0.3), np.log(0.2), -np.inf]], np.float32))
+
+
+def test_widths_that_differ_are_compared_as_said():
+    """P = (1/2, 3/10, 1/5, 0), Q = (1/4, 3/4): KL(5/8, 3/8 ‖ Q), and 1/2 (1/4 + 9/20 + 1/5)."""
+    student = jaxkd.Logits(np.log(np.array([[0.25, 0.75]], np.float32)))
+    cut, _ = jaxkd.distillation_loss(student, WIDE, vocabulary="truncate")
+    np.testing.assert_allclose(cut, 0.625 * np.log(2.5) + 0.375 * np.log(0.5), rtol=1e-6)
+    masked, _ = jaxkd.distillation_loss(student, WIDE, divergence=jaxkd.total_variation, vocabulary="mask")
+    np.testing.assert_allclose(masked, 0.45, rtol=1e-6)
+
+
+def test_widths_need_not_be_said_where_tokens_are_not_compared():
+    """Sorted, (1/4, 3/4) and (0, 1/5, 3/10, 1/2) are 0 + 1/5 + 1/20 + 1/4 apart; half of it is the earth mover's."""
+    student = jaxkd.Logits(np.log(np.array([[0.25, 0.75]], np.float32)))
+    moved, _ = jaxkd.distillation_loss(student, WIDE, divergence=jaxkd.earth_mover)
+    np.testing.assert_allclose(moved, 0.25, rtol=1e-6)
+    known = jaxkd.TopKLogProbs(WIDE.values[:, :1], np.array([[0]]))
+    listed, _ = jaxkd.distillation_loss(student, known)
+    np.testing.assert_allclose(listed, 0.5 * np.log(2) + 0.5 * np.log(2 / 3), rtol=1e-6)
+    mapped, _ = jaxkd.distillation_loss(student, jaxkd.VocabularyMap(WIDE, np.array([0]), np.array([0])))
+    np.testing.assert_allclose(mapped, listed, rtol=1e-6)
+
+
 def test_forward_kl_is_the_default_divergence():
     student, teacher = inputs(jnp.float32)
     default, _ = jaxkd.distillation_loss(student, teacher)
     named, _ = jaxkd.distillation_loss(student, teacher, divergence=jaxkd.forward_kl)
     assert default == named
+
+
+@pytest.mark.parametrize("labels", [np.full(N, -100), LABELS])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_normalizer_of_0_is_an_empty_batch(labels, compiled):
+    """What a micro-batch without a row that counts hands over as the count of its tokens: 0, and no error."""
+    student, teacher = inputs(jnp.float32)
+
+    def loss(student, normalizer):
+        return jaxkd.distillation_loss(student, teacher, labels, normalizer=normalizer, hard_weight=0.5, chunk_size=8)
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    (value, metrics), gradient = (jax.jit(value_and_grad) if compiled else value_and_grad)(student, 0)
+    assert float(metrics.pop("num_rows")) == (labels != -100).sum()
+    assert not any(np.any(x) for x in jax.tree.leaves((value, metrics, gradient)))
 
 
 def test_temperature_squared_is_not_multiplied_in():
@@ -208,3 +249,62 @@ def test_outside_implementation():
     np.testing.assert_allclose(loss, want.item(), rtol=1e-5)
     for leaf, name in zip(leaves, ("hidden", "weight", "bias"), strict=True):
         assert cases.relative_error(getattr(gradient, name), leaf.grad.numpy()) < 1e-5
+
+
+# KL(P‖Q) less the entropy of Q. With P = (1/2, 1/4, 1/8, 1/8) and Q uniform that is 1/4 log 2 - 2 log 2, and the
+# gradient to the logits q - p.
+KNOWN = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32))
+NEGATIVE, SLOPE = -1.75 * np.log(2), np.array([[-0.25, 0.0, 0.125, 0.125]])
+
+
+def _less_entropy_term(log_p, log_q):
+    return weigh(jnp.exp(log_p), log_p - log_q) + weigh(jnp.exp(log_q), log_q)
+
+
+def _less_entropy(teacher, student):
+    return jnp.sum(_less_entropy_term(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)), axis=-1)
+
+
+ALL_TOKENS = np.arange(4)
+NEGATIVE_BY = {
+    "xla": (jaxkd.Logits(KNOWN), jaxkd.Divergence(_less_entropy_term), "xla"),
+    "triton": (jaxkd.Logits(KNOWN), jaxkd.Divergence(_less_entropy_term), "triton"),
+    "whole_rows": (jaxkd.Logits(KNOWN), jaxkd.RowDivergence(_less_entropy), "xla"),
+    "top_k": (jaxkd.TopKLogProbs(KNOWN, ALL_TOKENS[None]), jaxkd.Divergence(_less_entropy_term), "xla"),
+    "vocabulary_map": (
+        jaxkd.VocabularyMap(jaxkd.Logits(KNOWN), ALL_TOKENS, ALL_TOKENS),
+        jaxkd.Divergence(_less_entropy_term),
+        "xla",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEGATIVE_BY)
+def test_a_divergence_of_ones_own_may_be_negative(case, monkeypatch):
+    monkeypatch.setattr(pallas_triton, "INTERPRET", True)
+    teacher, divergence, implementation = NEGATIVE_BY[case]
+    (loss, metrics), gradient = jax.value_and_grad(jaxkd.distillation_loss, has_aux=True)(
+        jaxkd.Logits(jnp.zeros((1, 4))), teacher, divergence=divergence, implementation=implementation
+    )
+    np.testing.assert_allclose(loss, NEGATIVE, rtol=1e-6)
+    np.testing.assert_allclose(metrics["soft"], NEGATIVE, rtol=1e-6)
+    np.testing.assert_allclose(gradient.values, SLOPE, atol=1e-7)
+    alone, _ = jaxkd.distillation_loss(
+        jaxkd.Logits(jnp.zeros((1, 4))), teacher, divergence=divergence, implementation=implementation
+    )
+    np.testing.assert_allclose(alone, NEGATIVE, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("name", cases.ONE_OF_EACH)
+def test_a_built_in_divergence_is_never_negative(name, implementation, monkeypatch):
+    """Rounding would take some of these below 0: the two models are equal but for one rounding of a logit."""
+    monkeypatch.setattr(pallas_triton, "INTERPRET", True)
+    z = np.random.default_rng(0).normal(scale=3, size=(4, 64)).astype(np.float32)
+    student, teacher = jaxkd.Logits(jnp.asarray(z)), jaxkd.Logits(jnp.asarray(np.nextafter(z, 100 * z)))
+    divergence = cases.DIVERGENCES[name].make()
+    for row in range(4):
+        one = [jaxkd.Logits(x.values[row : row + 1]) for x in (student, teacher)]
+        loss, metrics = jaxkd.distillation_loss(*one, divergence=divergence, implementation=implementation)
+        assert 0 <= loss <= 1e-6
+        assert 0 <= metrics["soft"] <= 1e-6

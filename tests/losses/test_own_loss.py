@@ -198,7 +198,7 @@ BAD = {
     "student": ({"student": STUDENT.hidden}, TypeError, "`student`.*LinearLogits"),
     "labels": ({"labels": np.zeros(N + 1, int)}, ValueError, r"`labels`.*\(24,\).*`student.hidden`.*\(23,\)"),
     "weights": ({"weights": -WEIGHTS}, ValueError, "`weights`.*negative"),
-    "normalizer": ({"normalizer": 0.0}, ValueError, "`normalizer`.*0"),
+    "normalizer": ({"normalizer": -1.0}, ValueError, "`normalizer`.*-1"),
     "chunk_size": ({"chunk_size": 0}, ValueError, "`chunk_size`.*0"),
     "ignore_index": ({"ignore_index": 0.5}, TypeError, "`ignore_index`.*0.5"),
     "rows": ({"per_row": {"a": np.ones(N + 1)}}, ValueError, r"`per_row\['a'\]`.*\(24,\).*\(23,\).*`shared`"),

@@ -66,13 +66,20 @@ BAD = {
         ValueError,
         ["`hard_weight`", "0.5", "`labels`"],
     ),
-    "normalizer_zero": ({"normalizer": 0}, ValueError, ["`normalizer`", "0"]),
+    "integer_mask": ({"mask": jnp.ones(N, jnp.int32)}, TypeError, ["`mask`", "int32", "booleans"]),
+    "mask_shape": ({"mask": jnp.ones((N, 1), bool)}, ValueError, ["`mask`", r"\(6, 1\)", r"\(6,\)"]),
     "normalizer_negative": ({"normalizer": -4.0}, ValueError, ["`normalizer`", "-4"]),
     "chunk_size_zero": ({"chunk_size": 0}, ValueError, ["`chunk_size`", "0"]),
     "chunk_size_negative": ({"chunk_size": -8}, ValueError, ["`chunk_size`", "-8"]),
     "chunk_size_float": ({"chunk_size": 8.0}, TypeError, ["`chunk_size`", "8.0"]),
     "chunk_size_flag": ({"chunk_size": True}, TypeError, ["`chunk_size`", "True"]),
     "implementation": ({"implementation": "cuda"}, ValueError, ["`implementation`", "cuda", "xla", "triton"]),
+    "widths": (
+        {"teacher_weight": jnp.ones((V + 2, D_TEACHER))},
+        ValueError,
+        ["V=11", "V=13", "`vocabulary`", "truncate", "mask", "VocabularyMap"],
+    ),
+    "vocabulary": ({"vocabulary": "pad"}, ValueError, ["`vocabulary`", "pad", "truncate", "mask"]),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, ["`ignore_index`", "1.5"]),
 }
 
@@ -127,8 +134,40 @@ BAD_SOURCES = {
         (TypeError, ValueError),
         [r"`student\.scale`"],
     ),
-    "divergence_by_name": ((STUDENT, TEACHER), {"divergence": "jsd"}, TypeError, ["`divergence`", "jsd", "jaxkd"]),
-    "divergence_family": ((STUDENT, TEACHER), {"divergence": jaxkd.jensen_shannon}, TypeError, ["`divergence`"]),
+    "widths_of_a_mixture": (
+        (STUDENT, jaxkd.Mixture([jaxkd.Logits(jnp.ones((N, V - 4)))])),
+        {},
+        ValueError,
+        ["V=11", "V=7", "`vocabulary`", "truncate", "mask", "VocabularyMap"],
+    ),
+    "widths_of_a_divergence_of_rows": (
+        (STUDENT, jaxkd.Logits(jnp.ones((N, V + 1)))),
+        {"divergence": jaxkd.mse},
+        ValueError,
+        ["V=11", "V=12", "`vocabulary`"],
+    ),
+    "divergence_family": (
+        (STUDENT, TEACHER),
+        {"divergence": jaxkd.jensen_shannon},
+        TypeError,
+        ["`divergence`", "call it", r"jaxkd\.jensen_shannon\(beta=0\.5\)"],
+    ),
+    "divergence_none": ((STUDENT, TEACHER), {"divergence": None}, TypeError, ["`divergence`", "None", "jaxkd"]),
+    "term": (
+        (STUDENT, TEACHER),
+        {"divergence": lambda log_p, log_q: log_p},
+        TypeError,
+        ["`divergence`", "lambda", r"jaxkd\.Divergence\("],
+    ),
+    "class_as_teacher": ((STUDENT, jaxkd.TopKLogProbs), {}, TypeError, ["`teacher`"]),
+    "list_as_labels": ((STUDENT, TEACHER, [0] * N), {}, TypeError, ["`labels`", "list", "give an array"]),
+    "list_as_mask": ((STUDENT, TEACHER), {"mask": [True] * N}, TypeError, ["`mask`", "list", "give an array"]),
+    "hard_weight_without_labels": (
+        (STUDENT, TEACHER),
+        {"hard_weight": jnp.asarray(0.5)},
+        ValueError,
+        ["`hard_weight`", "0.5", "`labels`"],
+    ),
     "vocabulary": ((STUDENT, TEACHER), {"vocabulary": "pad"}, ValueError, ["`vocabulary`", "pad", "truncate", "mask"]),
 }
 
@@ -138,6 +177,50 @@ def test_distillation_loss(case):
     sources, options, error, fragments = BAD_SOURCES[case]
     with expect(error, fragments):
         jaxkd.distillation_loss(*sources, **options)
+
+
+# What one might write, and what was meant.
+NAMES = {
+    "forward_kl": {"forward_kl"},
+    "Reverse-KL": {"reverse_kl"},
+    "kl": {"forward_kl", "reverse_kl", "skew_kl(alpha=0.1)", "symmetric_kl(weight=0.5)"},
+    "kld": {"forward_kl", "reverse_kl", "skew_kl(alpha=0.1)", "symmetric_kl(weight=0.5)"},
+    "jsd": {"jensen_shannon(beta=0.5)"},
+    "jenson_shanon": {"jensen_shannon(beta=0.5)"},
+    "tv": {"total_variation"},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_divergence_by_name_is_answered_with_the_object(name):
+    with expect(TypeError, ["`divergence`", re.escape(repr(name))]) as error:
+        jaxkd.distillation_loss(STUDENT, TEACHER, divergence=name)
+    assert set(re.findall(r"jaxkd\.([\w(=.]+\w\)?)", str(error.value))) == NAMES[name]
+
+
+def test_any_other_name_is_answered_with_all_of_them():
+    with expect(TypeError, [r"jaxkd\.hellinger", r"jaxkd\.earth_mover", r"jaxkd\.sinkhorn\(embeddings, "]):
+        jaxkd.distillation_loss(STUDENT, TEACHER, divergence="?")
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("forward_kl", ()), ("mse", ()), ("reverse_kl", (jnp.ones(()),))])
+def test_a_divergence_is_no_function_that_makes_one(name, arguments):
+    with expect(TypeError, [rf"jaxkd\.{name} is a divergence and not a function", "without brackets"]):
+        getattr(jaxkd, name)(*arguments)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_traced_temperature_that_is_none_is_no_number(temperature):
+    """It cannot be refused; at -1 the loss would be one of reversed logits."""
+    loss, gradient = _of_hidden(STUDENT.hidden, temperature)
+    assert np.isnan(loss)
+    assert np.isnan(gradient).all()
+
+
+@jax.jit
+@jax.value_and_grad
+def _of_hidden(hidden, temperature):
+    return jaxkd.distillation_loss(jaxkd.LinearLogits(hidden, STUDENT.weight), TEACHER, temperature=temperature)[0]
 
 
 OUTSIDE = [

@@ -49,7 +49,7 @@ def test_float64(name, shares, width, x64):
         x.map(lambda f, x: np.where((LABELS == -100)[:, None], np.nan, x) if f == "hidden" else x) for x in TEACHERS
     ]
     labels = np.where(width > LABELS, LABELS, 0)
-    options = {"temperature": 1.5, "hard_weight": 0.5}
+    options = {"temperature": 1.5, "hard_weight": 0.5, "vocabulary": "truncate"}
     divergence = cases.DIVERGENCES[name].make()
     got = run(poisoned, shares, labels, student, jnp.float64, divergence=divergence, **options)
     logits = mixed(np.ones(3) if shares is None else shares, 1.5)

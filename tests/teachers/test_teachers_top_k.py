@@ -348,6 +348,13 @@ BAD = [
     ({"log_probs": -jnp.ones((2, 12)), "token_ids": jnp.zeros((2, 12), int)}, {}, ValueError, r"\(2, 12\).*V=11"),
     ({"log_probs": -jnp.ones((4, 3)), "token_ids": jnp.zeros((4, 3), int)}, {}, ValueError, r"\(4,\).*\(2,\)"),
     ({"log_probs": jnp.ones((2, 3))}, {}, ValueError, "`teacher.log_probs`.*positive.*logits"),
+    (
+        {"log_probs": jnp.array([[-0.1, -2.5, 0.0]] * 2), "token_ids": jnp.array([[5, 7, 0], [5, 7, -1]])},
+        {},
+        ValueError,
+        "`teacher` has rows that list token 0 with log-probability 0.*pad with token id -1 or log-probability -inf",
+    ),
+    ({"token_ids": [[0, 1, 2]] * 2}, {}, TypeError, "`teacher.token_ids` is a list; give an array"),
     ({"tail": "none"}, {}, ValueError, "`teacher.tail`.*none.*bucket.*renormalize.*zero"),
     ({"temperature": 0.0}, {}, ValueError, "`teacher.temperature`.*0"),
     ({"temperature": "1"}, {}, TypeError, "`teacher.temperature`.*number"),
@@ -365,6 +372,14 @@ BAD = [
 def test_bad_input(changes, options, error, message):
     with pytest.raises(error, match=message):
         jaxkd.distillation_loss(jaxkd.Logits(jnp.ones((2, 11))), jaxkd.TopKLogProbs(**GOOD | changes), **options)
+
+
+@pytest.mark.parametrize("ids", [[0, -1, 0], [0, 0, 0], [0, 3, 4]])
+def test_token_0_may_be_certain(ids):
+    """Alone, or beside what rounding left of others: log 11 away from the uniform student."""
+    certain = jnp.array([[0.0, -jnp.inf if -1 in ids else -11.0, 0.0 if ids[2] == 0 else -12.0]])
+    loss, _ = jaxkd.distillation_loss(jaxkd.Logits(jnp.ones((1, 11))), jaxkd.TopKLogProbs(certain, jnp.array([ids])))
+    assert float(loss) == pytest.approx(np.log(11), rel=1e-3)
 
 
 def test_a_vocabulary_that_is_split_is_refused():

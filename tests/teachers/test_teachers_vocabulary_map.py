@@ -137,9 +137,61 @@ def test_rows_over_a_mesh():
     assert cases.relative_error(got[1].weight, want[1].weight) < 1e-6
 
 
+# All of a side's tokens are shared, and the other has more.
+DRAFT = (jaxkd.Logits(jnp.zeros((1, 2))), jaxkd.Logits(jnp.log(jnp.array([[0.2, 0.3, 0.5]]))), [1, 0], [2, 0])
+WIDER = (jaxkd.Logits(jnp.log(jnp.array([[0.2, 0.3, 0.5]]))), jaxkd.Logits(jnp.zeros((1, 2))), [2, 0], [1, 0])
+ENDLESS = [
+    (
+        DRAFT,
+        jaxkd.forward_kl,
+        "all V=2 tokens of the student, and the teacher has 1 more.*weight.token_ids.*teacher_ids",
+    ),
+    (DRAFT, jaxkd.symmetric_kl(), "infinite"),
+    (DRAFT, jaxkd.alpha_divergence(2.0), "infinite"),
+    (
+        WIDER,
+        jaxkd.reverse_kl,
+        "all V=2 tokens of the teacher, and the student has 1 more.*weight.token_ids.*student_ids",
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "divergence", "message"), ENDLESS)
+def test_what_is_infinite_by_construction_is_refused(case, divergence, message):
+    student, teacher, *ids = case
+    with pytest.raises(ValueError, match=message):
+        jaxkd.distillation_loss(student, jaxkd.VocabularyMap(teacher, *map(np.array, ids)), divergence=divergence)
+    with pytest.raises(ValueError, match=message):
+        jax.jit(
+            lambda x, y: jaxkd.distillation_loss(x, jaxkd.VocabularyMap(y, *map(np.array, ids)), divergence=divergence)
+        )(student, teacher)
+
+
+def test_what_is_finite_is_not():
+    """In buckets P = (1/2, 1/5, 3/10) and Q = (1/2, 1/2, 0), or the other way round."""
+    for (student, teacher, *ids), divergence, want in (
+        (DRAFT, jaxkd.reverse_kl, 0.5 * np.log(2.5)),
+        (DRAFT, jaxkd.total_variation, 0.3),
+        (WIDER, jaxkd.forward_kl, 0.5 * np.log(2.5)),
+        (WIDER, jaxkd.jensen_shannon(0.5), 0.25 * np.log(10 / 7) + 0.1 * np.log(4 / 7) + 0.15 * np.log(2)),
+    ):
+        mapped = jaxkd.VocabularyMap(teacher, *map(np.array, ids))
+        loss, _ = jaxkd.distillation_loss(student, mapped, divergence=divergence)
+        np.testing.assert_allclose(loss, want, rtol=1e-6)
+
+
+def test_the_sliced_head_is_what_the_error_says():
+    """The teacher over the draft's tokens is (2/7, 5/7), in the order of the student's: KL(5/7, 2/7 ‖ 1/2, 1/2)."""
+    student, teacher, student_ids, teacher_ids = DRAFT
+    token_ids = np.array(teacher_ids)[np.argsort(student_ids)]
+    loss, _ = jaxkd.distillation_loss(student, jaxkd.Logits(teacher.values[:, token_ids]))
+    np.testing.assert_allclose(loss, 2 / 7 * np.log(4 / 7) + 5 / 7 * np.log(10 / 7), rtol=1e-6)
+
+
 TWO = jaxkd.Logits(jnp.ones((2, 5)))
 BAD = [
     (jnp.ones((2, 5)), [0], [0], {}, TypeError, "`teacher.teacher`.*LinearLogits"),
+    (jaxkd.Mixture([TWO]), [0], [0], {}, TypeError, "`teacher.teacher` is a Mixture"),
     (TWO, [0.0], [0], {}, TypeError, "`teacher.student_ids`.*float.*integer"),
     (TWO, [0, 1], [0], {}, ValueError, r"`teacher.student_ids`.*`teacher.teacher_ids`.*\(2,\).*\(1,\)"),
     (TWO, [[0]], [[0]], {}, ValueError, r"\(S,\)"),
