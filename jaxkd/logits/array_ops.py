@@ -7,6 +7,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 
+def unwrapped(x: Any) -> Any:
+    """The array that stands for ``x``: of an ``nnx.Param`` or a ``keras.Variable``; what is none stays as it is."""
+    return x.__jax_array__() if hasattr(type(x), "__jax_array__") and not isinstance(x, jax.Array) else x
+
+
+def described(x: Any) -> str:
+    """For a `repr`: type and shape of an array instead of its numbers."""
+    if isinstance(x, (tuple, list)):
+        return f"({', '.join(map(described, x))})"
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    return repr(x)
+
+
 def logits_dtype(x: Any) -> jnp.dtype:
     """float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if jnp.result_type(x) == jnp.float64 else jnp.float32)

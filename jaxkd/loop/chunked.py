@@ -66,11 +66,15 @@ def _sum_rows_forward(plan: Plan, *arguments: Any) -> tuple[Sums, Any]:
     sums, gradients = _loop_on_mesh(plan, is_counted, loss, student, normalizer, wanted=_perturbed(arguments[2]))
     # With each gradient goes an empty array of its primal's type, all that the backward pass needs of the primal. A
     # field that was not wanted has an empty gradient: JAX expects the same tree whichever fields are differentiated.
-    nothing = jnp.zeros((0,))
     residuals = {
-        name: None if x is None else (gradients.get(name, nothing), empty_like(x)) for name, x in vars(student).items()
+        name: (gradients[name] if name in gradients else _nothing(x), jax.tree.map(empty_like, x))
+        for name, x in vars(student).items()
     }
     return sums, replace(student, **residuals)
+
+
+def _nothing(field: Any) -> Any:
+    return jax.tree.map(lambda _: jnp.zeros((0,)), field)
 
 
 def _sum_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -> tuple[Any, ...]:
@@ -82,7 +86,7 @@ def _sum_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
         wanted = gradient.shape != (0,)
         return as_primal(upstream * gradient.astype(upstream.dtype), primal).astype(primal.dtype) if wanted else None
 
-    gradients = {name: entry and finished(*entry) for name, entry in vars(residuals).items()}
+    gradients = {name: jax.tree.map(finished, *entry) for name, entry in vars(residuals).items()}
     return None, None, replace(residuals, **gradients), None
 
 
@@ -124,11 +128,15 @@ def _map_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
     wanted = frozenset(name for name, mark in marks.items() if mark.size)
     one = jnp.ones((), student.dtype)
     _, gradients = _loop_on_mesh(plan, is_counted, loss.weighted(upstream), student, one, wanted)
-    finished: dict[str, Any] = {
-        name: as_primal(gradients[name], x).astype(jnp.result_type(x)) if name in wanted else None
+
+    def finished(gradient: jax.Array, primal: jax.Array) -> jax.Array:
+        return as_primal(gradient, primal).astype(jnp.result_type(primal))
+
+    fields: dict[str, Any] = {
+        name: jax.tree.map(finished, gradients[name], x) if name in wanted else None
         for name, x in vars(student).items()
     }
-    return None, None, replace(student, **finished)
+    return None, None, replace(student, **fields)
 
 
 _map_rows.defvjp(_map_rows_forward, _map_rows_backward, symbolic_zeros=True)
@@ -172,7 +180,8 @@ def _on_mesh(
 def _loop_on_mesh(
     plan: Plan, is_counted: Counted, loss: Any, student: Any, normalizer: Any, wanted: frozenset[str]
 ) -> tuple[Sums, Gradients]:
-    gradients = {name: spec(plan.partitioning, student.DIMS.get(name, ())) for name in wanted}
+    every = specs(plan.partitioning, student)
+    gradients = {name: getattr(every, name) for name in wanted}
     sums = dict.fromkeys(loss.names, spec(plan.partitioning, ()))
     loop = partial(_loop, plan, wanted=wanted)
     return _on_mesh(plan, loop, (sums, gradients), is_counted, loss, student, normalizer)
@@ -251,8 +260,12 @@ def _order(num_rows: int, is_counted: Counted, chunk_size: int) -> tuple[Int[Arr
 
 
 def _perturbed(student: Any) -> frozenset[str]:
-    """The fields that are differentiated."""
-    return frozenset(name for name, leaf in vars(student).items() if leaf is not None and leaf.perturbed)
+    """The fields of which an array is differentiated."""
+
+    def is_perturbed(field: Any) -> bool:
+        return any(x.perturbed for x in jax.tree.leaves(field, is_leaf=lambda x: isinstance(x, CustomVJPPrimal)))
+
+    return frozenset(name for name, field in vars(student).items() if is_perturbed(field))
 
 
 def _reject_gradient(name: str, argument: Any) -> None:
