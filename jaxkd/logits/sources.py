@@ -56,7 +56,7 @@ class LinearLogits(_Fields):
     """
 
     ROWS: ClassVar[str] = "hidden"
-    DIMS: ClassVar = {
+    DIMS: ClassVar[dict[str, Any]] = {
         "hidden": ("rows", None),
         "weight": ("vocabulary", None),
         "bias": ("vocabulary",),
@@ -139,7 +139,8 @@ class LinearLogits(_Fields):
         product = dot(self.hidden, self.weight, (1, 1), self.dtype)
         if self.low_rank is None:
             return product
-        return product + low_rank_product(self.hidden, *self.low_rank, self.dtype)
+        a, b = self.low_rank
+        return product + low_rank_product(self.hidden, a, b, self.dtype)
 
     def _transform(self, product, bias, scale, softcap) -> Float[Array, "C V"]:
         z = product
@@ -164,7 +165,8 @@ class LinearLogits(_Fields):
         if "weight" in wanted:
             gradients["weight"] = dot(d, self.hidden, (0, 0), self.dtype)  # (V, D)
         if self.low_rank is not None and wanted & {"hidden", "low_rank"}:
-            dhidden, *dlow_rank = low_rank_pullback(self.hidden, *self.low_rank, d, self.dtype)
+            a, b = self.low_rank
+            dhidden, *dlow_rank = low_rank_pullback(self.hidden, a, b, d, self.dtype)
             if "hidden" in wanted:
                 gradients["hidden"] += dhidden
             if "low_rank" in wanted:
