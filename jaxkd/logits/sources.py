@@ -19,7 +19,7 @@ from jaxkd.logits.low_rank import low_rank_product, low_rank_pullback
 Gradients: TypeAlias = dict[str, Any]  # by the name of the source's field: an array, or a tuple of them as there
 
 
-class _Fields:
+class _ArrayFields:
     """What the dataclasses of sources share: they hold arrays, and show their shapes."""
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class _Fields:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
-class LinearLogits(_Fields):
+class LinearLogits(_ArrayFields):
     """Logits ``z = softcap * tanh(scale * (hidden @ weight.T + (hidden @ A) @ B + bias) / softcap)``, not formed yet.
 
     Args:
@@ -176,7 +176,7 @@ class LinearLogits(_Fields):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
-class Logits(_Fields):
+class Logits(_ArrayFields):
     """Logits that already exist, of shape (..., V): from a model that cannot hand over its head, or from a file.
 
     ``values`` may be an object that wraps an array, as an ``nnx.Variable`` does.
