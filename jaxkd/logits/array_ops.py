@@ -7,6 +7,38 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 
+def unwrapped(x: Any) -> Any:
+    """The array that stands for ``x``: of an ``nnx.Param`` or a ``keras.Variable``; what is none stays as it is."""
+    return x.__jax_array__() if hasattr(type(x), "__jax_array__") and not isinstance(x, jax.Array) else x
+
+
+def check_floating(name: str, x: Any) -> None:
+    """Raises a TypeError unless ``x`` is an array of floating-point numbers that JAX can read."""
+    kind = type(x)
+    if kind.__module__.partition(".")[0] == "torch":
+        raise TypeError(
+            f"`{name}` is a torch.{kind.__name__}; give a JAX array, or use torch_bridge.torch_loss, which takes "
+            "PyTorch tensors and gives gradients back to PyTorch"
+        )
+    if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
+        raise TypeError(f"`{name}` is a {kind.__name__}; give an array")
+    try:
+        dtype = jnp.dtype(x.dtype)
+    except TypeError:
+        raise TypeError(f"`{name}` is a {kind.__module__}.{kind.__name__}; give a JAX or NumPy array") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`{name}` is {dtype.name}; give a floating-point array")
+
+
+def described(x: Any) -> str:
+    """For a `repr`: type and shape of an array instead of its numbers."""
+    if isinstance(x, (tuple, list)):
+        return f"({', '.join(map(described, x))})"
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    return repr(x)
+
+
 def logits_dtype(x: Any) -> jnp.dtype:
     """float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if jnp.result_type(x) == jnp.float64 else jnp.float32)

@@ -6,42 +6,69 @@ over chunks takes a chunk of rows from it, asks for their logits, and hands the 
 """
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkd.logits.array_ops import dot, logits_dtype, power_of_two_into_range, take_rows
+from jaxkd.logits.array_ops import described, dot, logits_dtype, power_of_two_into_range, take_rows, unwrapped
+from jaxkd.logits.low_rank import low_rank_product, low_rank_pullback
 
-Gradients: TypeAlias = dict[str, jax.Array]  # by the name of the source's field
+Gradients: TypeAlias = dict[str, Any]  # by the name of the source's field: an array, or a tuple of them as there
+
+
+class _ArrayFields:
+    """What the dataclasses of sources share: they hold arrays, and show their shapes."""
+
+    def __post_init__(self) -> None:
+        # What is no array wrapped in an object stays: JAX puts all kinds of leaves into a pytree.
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            is_plain = type(value) in (tuple, list)
+            array = type(value)(map(unwrapped, value)) if is_plain else unwrapped(value)
+            object.__setattr__(self, field.name, array)
+
+    def __repr__(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        shown = ", ".join(f"{name}={described(x)}" for name, x in values.items() if x is not None)
+        return f"{type(self).__name__}({shown})"
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LinearLogits:
-    """Logits ``z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``, not formed yet.
+@dataclass(frozen=True, repr=False)
+class LinearLogits(_ArrayFields):
+    """Logits ``z = softcap * tanh(scale * (hidden @ weight.T + (hidden @ A) @ B + bias) / softcap)``, not formed yet.
 
     Args:
       hidden: (..., D) float32, bfloat16, float16 or float64: a model's last hidden states.
       weight: (V, D): the head, in any of these types; the product runs in the type of ``hidden`` and accumulates in
         float32 (float64 for float64). A Flax ``Linear.kernel`` is (D, V): pass ``kernel.T``.
       bias: (V,) or None.
+      low_rank: an adapter (LoRA) of the head, A (D, r) and B (r, V), in any of these types, or None. While ``weight``
+        is not differentiated, nothing of its size is formed for their gradients.
       scale: a scalar that multiplies the logits (Cohere's ``logit_scale``), or None.
       softcap: a positive scalar that bounds them (Gemma 2's ``final_logit_softcapping``), or None.
 
-    As the student every one of them can be differentiated; ``scale`` and ``softcap`` may be traced.
+    Each may be an object that wraps an array, as an ``nnx.Param`` does. As the student every one of them can be
+    differentiated; ``scale`` and ``softcap`` may be traced.
     """
 
     ROWS: ClassVar[str] = "hidden"
-    DIMS: ClassVar = {"hidden": ("rows", None), "weight": ("vocabulary", None), "bias": ("vocabulary",)}
+    DIMS: ClassVar[dict[str, Any]] = {
+        "hidden": ("rows", None),
+        "weight": ("vocabulary", None),
+        "bias": ("vocabulary",),
+        "low_rank": ((None, None), (None, "vocabulary")),
+    }
     IN_BUCKETS: ClassVar[bool] = False
 
     hidden: Any
     weight: Any
     bias: Any = None
     _: KW_ONLY
+    low_rank: Any = None
     scale: Any = None
     softcap: Any = None
 
@@ -76,7 +103,8 @@ class LinearLogits:
 
     def prepared(self) -> "LinearLogits":
         """The same with the head in the type of its product: done once, not a chunk."""
-        return replace(self, weight=self.weight.astype(self.hidden.dtype))
+        weight, low_rank = jax.tree.map(lambda x: x.astype(self.hidden.dtype), (self.weight, self.low_rank))
+        return replace(self, weight=weight, low_rank=low_rank)
 
     def take(self, index: Int[Array, " C"]) -> "LinearLogits":
         """The rows ``index`` of a flat source; an index beyond the last row gives a row of zeros."""
@@ -108,7 +136,11 @@ class LinearLogits:
         return self._transform(product, self.bias, self.scale, self.softcap), pullback
 
     def _product(self) -> Float[Array, "C V"]:
-        return dot(self.hidden, self.weight, (1, 1), self.dtype)
+        product = dot(self.hidden, self.weight, (1, 1), self.dtype)
+        if self.low_rank is None:
+            return product
+        a, b = self.low_rank
+        return product + low_rank_product(self.hidden, a, b, self.dtype)
 
     def _transform(self, product, bias, scale, softcap) -> Float[Array, "C V"]:
         z = product
@@ -122,7 +154,7 @@ class LinearLogits:
         return z
 
     def product_pullback(self, dproduct: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
-        """Both products run in the type of the hidden states, with the logits' gradient rounded to it."""
+        """All products run in the type of the hidden states, with the logits' gradient rounded to it."""
         scale = power_of_two_into_range(dproduct) if self.hidden.dtype == jnp.float16 else None
         d = dproduct if scale is None else dproduct * scale
         d = d.astype(self.hidden.dtype)
@@ -132,13 +164,23 @@ class LinearLogits:
             gradients["hidden"] = dot(d, self.weight, (1, 0), self.dtype)  # (C, D)
         if "weight" in wanted:
             gradients["weight"] = dot(d, self.hidden, (0, 0), self.dtype)  # (V, D)
-        return gradients if scale is None else {k: v / scale for k, v in gradients.items()}
+        if self.low_rank is not None and wanted & {"hidden", "low_rank"}:
+            a, b = self.low_rank
+            dhidden, *dlow_rank = low_rank_pullback(self.hidden, a, b, d, self.dtype)
+            if "hidden" in wanted:
+                gradients["hidden"] += dhidden
+            if "low_rank" in wanted:
+                gradients["low_rank"] = jax.tree.unflatten(jax.tree.structure(self.low_rank), dlow_rank)
+        return gradients if scale is None else jax.tree.map(lambda x: x / scale, gradients)
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Logits:
-    """Logits that already exist, of shape (..., V): from a model that cannot hand over its head, or from a file."""
+@dataclass(frozen=True, repr=False)
+class Logits(_ArrayFields):
+    """Logits that already exist, of shape (..., V): from a model that cannot hand over its head, or from a file.
+
+    ``values`` may be an object that wraps an array, as an ``nnx.Variable`` does.
+    """
 
     ROWS: ClassVar[str] = "values"
     DIMS: ClassVar = {"values": ("rows", "vocabulary")}

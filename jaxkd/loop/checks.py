@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkd.logits.array_ops import check_floating as check_floating
 from jaxkd.logits.sources import LinearLogits, Logits, Source
 
 
@@ -39,7 +40,14 @@ def _check_linear(source: LinearLogits, prefix: str) -> None:
         raise ValueError(f"`{prefix}hidden` is a scalar; give hidden states of shape (..., D)")
     vocabulary, size = weight.shape
     if hidden.shape[-1] != size:
-        hint = f"; is it transposed? pass `{prefix}weight.T`" if hidden.shape[-1] == vocabulary else ""
+        hint = ""
+        if hidden.shape[-1] == vocabulary and vocabulary < size:
+            hint = f"; is it transposed? pass `{prefix}weight.T`"
+        elif hidden.shape[-1] == vocabulary:
+            hint = (
+                f"; these look like logits, which are jaxkd.Logits({prefix}hidden) without a head; if they are hidden "
+                f"states after all, pass `{prefix}weight.T`"
+            )
         raise ValueError(
             f"`{prefix}weight` is (V={vocabulary}, D={size}) but `{prefix}hidden` has D={hidden.shape[-1]}{hint}"
         )
@@ -47,10 +55,29 @@ def _check_linear(source: LinearLogits, prefix: str) -> None:
         raise ValueError(
             f"`{prefix}bias` has shape {bias.shape} but `{prefix}weight` has V={vocabulary}; give ({vocabulary},)"
         )
+    if source.low_rank is not None:
+        _check_low_rank(source, prefix)
     for name in ("scale", "softcap"):
         value = getattr(source, name)
         if value is not None:
             check_scalar(f"{prefix}{name}", value, above=0 if name == "softcap" else None)
+
+
+def _check_low_rank(source: LinearLogits, prefix: str) -> None:
+    vocabulary, size = source.weight.shape
+    pair = source.low_rank
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"`{prefix}low_rank` is a {type(pair).__name__}; give (A (D, r), B (r, V))")
+    for name, x in zip("AB", pair, strict=True):
+        check_floating(f"{name} of {prefix}low_rank", x)
+    a, b = (x.shape for x in pair)
+    if len(a) != 2 or len(b) != 2 or a[0] != size or b[1] != vocabulary or a[1] != b[0] or not a[1]:
+        is_turned = len(a) == len(b) == 2 and (a[1], b[0]) == (size, vocabulary)
+        hint = "; are they transposed? pass (A.T, B.T)" if is_turned else ""
+        raise ValueError(
+            f"`{prefix}low_rank` has shapes {a} and {b} but `{prefix}weight` is (V={vocabulary}, D={size}); give "
+            f"A ({size}, r) and B (r, {vocabulary}){hint}"
+        )
 
 
 def check_same_rows(student: Source, teacher: Any, names: tuple[str, str]) -> None:
@@ -166,10 +193,3 @@ def _dtype_of(name: str, x: Any) -> jnp.dtype:
         return jnp.result_type(x)
     except TypeError:
         raise TypeError(f"`{name}` is a {type(x).__name__}; give an array") from None
-
-
-def check_floating(name: str, x: Any) -> None:
-    if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
-        raise TypeError(f"`{name}` is a {type(x).__name__}; give an array")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`{name}` is {jnp.dtype(x.dtype).name}; give a floating-point array")

@@ -14,6 +14,7 @@ from jaxkd.logits.gradient_place import Place
 from jaxkd.logits.sources import Gradients, Source
 from jaxkd.loop.chunk_size import Chunks
 from jaxkd.loop.collectives import as_carry, gather_chunk, scatter_to_own_rows, total, total_gradient
+from jaxkd.loop.flattening import dims_of_each
 from jaxkd.loop.partitioning import ONE_DEVICE, Partitioning
 from jaxkd.loop.row_loss import RowLoss, Sums
 
@@ -41,7 +42,7 @@ class ChunkPass:
     loss: RowLoss
     student: Source
     inverse: Float[Array, ""]  # of the normalizer
-    primal_dtypes: dict[str, jnp.dtype]  # of the wanted fields, as the caller gave them
+    primal_dtypes: dict[str, tuple[jnp.dtype, ...]]  # of the arrays of the wanted fields, as the caller gave them
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -68,11 +69,13 @@ class ChunkPass:
             dlogits=dlogits,
         )
 
-    def _zeros(self, name: str) -> jax.Array:
-        like = getattr(self.student, name)
-        # float16 gradients wait for the upstream gradient, which may hold the loss scale that keeps them in range.
-        rounds = name == self.student.ROWS and like.dtype != jnp.float16
-        return jnp.zeros(jnp.shape(like), like.dtype if rounds else self.student.dtype)
+    def _zeros(self, name: str) -> Any:
+        def zeros(like: jax.Array) -> jax.Array:
+            # float16 gradients wait for the upstream gradient, which may hold the loss scale that keeps them in range.
+            rounds = name == self.student.ROWS and like.dtype != jnp.float16
+            return jnp.zeros(jnp.shape(like), like.dtype if rounds else self.student.dtype)
+
+        return jax.tree.map(zeros, getattr(self.student, name))
 
     def __call__(self, state: State, index: Int[Array, " C"], num_counted: Int[Array, ""] | None) -> State:
         student = gather_chunk(self.plan.partitioning, self.student.take(index))
@@ -107,7 +110,9 @@ class ChunkPass:
 
     def _added_gradients(self, totals: Gradients, index: Int[Array, " C"], gradients: Gradients) -> Gradients:
         rows = self.student.ROWS
-        totals = totals | {name: totals[name] + g for name, g in gradients.items() if name != rows}
+        totals = totals | {
+            name: jax.tree.map(jnp.add, totals[name], g) for name, g in gradients.items() if name != rows
+        }
         if rows in gradients:
             own = scatter_to_own_rows(
                 self.plan.partitioning, gradients[rows], self.student.DIMS[rows], getattr(self.student, rows)
@@ -119,12 +124,13 @@ class ChunkPass:
         """Over all devices, and normalised."""
         partitioning, student = self.plan.partitioning, self.student
         sums = {name: total(partitioning, x) * self.inverse for name, x in state.sums.items()}
-        gradients = {
-            name: g
-            if name == student.ROWS
-            else total_gradient(partitioning, g, student.DIMS.get(name, ()), self.primal_dtypes[name]) * self.inverse
-            for name, g in state.gradients.items()
-        }
+
+        def finished(name: str, field: Any) -> Any:
+            arrays, structure = jax.tree.flatten(field)
+            each = zip(arrays, dims_of_each(student.DIMS.get(name, ()), arrays), self.primal_dtypes[name], strict=True)
+            return jax.tree.unflatten(structure, [total_gradient(partitioning, *x) * self.inverse for x in each])
+
+        gradients = {name: x if name == student.ROWS else finished(name, x) for name, x in state.gradients.items()}
         return sums, gradients
 
 

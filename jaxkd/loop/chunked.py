@@ -37,7 +37,7 @@ from jaxkd.loop.collectives import (
     own_rows,
     spec_of_gradient,
 )
-from jaxkd.loop.flattening import map_over_mesh, spec, specs
+from jaxkd.loop.flattening import map_field, map_over_mesh, spec, specs
 from jaxkd.loop.partitioning import ROWS, Partitioning
 from jaxkd.loop.row_loss import Counted, RowLoss, Sums, WeightedRowLoss
 
@@ -68,11 +68,15 @@ def _sum_rows_forward(plan: Plan, *arguments: Any) -> tuple[Sums, Any]:
     sums, gradients = _loop_on_mesh(plan, is_counted, loss, student, normalizer, wanted=_perturbed(arguments[2]))
     # With each gradient goes an empty array of its primal's type, all that the backward pass needs of the primal. A
     # field that was not wanted has an empty gradient: JAX expects the same tree whichever fields are differentiated.
-    nothing = jnp.zeros((0,))
     residuals = {
-        name: None if x is None else (gradients.get(name, nothing), empty_like(x)) for name, x in vars(student).items()
+        name: (gradients[name] if name in gradients else _nothing(x), jax.tree.map(empty_like, x))
+        for name, x in vars(student).items()
     }
     return sums, replace(student, **residuals)
+
+
+def _nothing(field: Any) -> Any:
+    return jax.tree.map(lambda _: jnp.zeros((0,)), field)
 
 
 def _sum_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -> tuple[Any, ...]:
@@ -80,13 +84,12 @@ def _sum_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
     if isinstance(upstream, SymbolicZero):
         return None, None, None, None
 
-    def finished(name: str, gradient: jax.Array, primal: jax.Array) -> jax.Array | None:
-        if gradient.shape == (0,):  # was not wanted
-            return None
-        gradient = as_primal(upstream * gradient.astype(upstream.dtype), primal).astype(primal.dtype)
-        return gathered_parts(plan.partitioning, gradient, residuals.DIMS.get(name, ()))
+    def finished(gradient: jax.Array, primal: jax.Array) -> jax.Array | None:
+        wanted = gradient.shape != (0,)
+        return as_primal(upstream * gradient.astype(upstream.dtype), primal).astype(primal.dtype) if wanted else None
 
-    gradients = {name: entry and finished(name, *entry) for name, entry in vars(residuals).items()}
+    fields = {name: jax.tree.map(finished, *entry) for name, entry in vars(residuals).items()}
+    gradients = {name: _gathered(plan, residuals, name, x) for name, x in fields.items()}
     return None, None, replace(residuals, **gradients), None
 
 
@@ -129,13 +132,21 @@ def _map_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
     one = jnp.ones((), student.dtype)
     _, gradients = _loop_on_mesh(plan, is_counted, loss.weighted(upstream), student, one, wanted)
 
-    def finished(name: str, primal: Any) -> jax.Array | None:
-        if name not in wanted:
-            return None
-        gradient = as_primal(gradients[name], primal).astype(jnp.result_type(primal))
-        return gathered_parts(plan.partitioning, gradient, student.DIMS.get(name, ()))
+    def finished(gradient: jax.Array, primal: jax.Array) -> jax.Array:
+        return as_primal(gradient, primal).astype(jnp.result_type(primal))
 
-    return None, None, replace(student, **{name: finished(name, x) for name, x in vars(student).items()})
+    fields = {
+        name: jax.tree.map(finished, gradients[name], x) if name in wanted else None
+        for name, x in vars(student).items()
+    }
+    return None, None, replace(student, **{name: _gathered(plan, student, name, x) for name, x in fields.items()})
+
+
+def _gathered(plan: Plan, student: Any, name: str, field: Any) -> Any:
+    """The gradient of a field, which is None where it was not wanted."""
+    if not jax.tree.leaves(field):
+        return field
+    return map_field(partial(gathered_parts, plan.partitioning), field, student.DIMS.get(name, ()))
 
 
 _map_rows.defvjp(_map_rows_forward, _map_rows_backward, symbolic_zeros=True)
@@ -180,7 +191,10 @@ def _loop_on_mesh(
     plan: Plan, is_counted: Counted, loss: Any, student: Any, normalizer: Any, wanted: frozenset[str]
 ) -> tuple[Sums, Gradients]:
     gradients = {
-        name: spec_of_gradient(plan.partitioning, getattr(student, name), student.DIMS.get(name, ())) for name in wanted
+        name: map_field(
+            partial(spec_of_gradient, plan.partitioning), getattr(student, name), student.DIMS.get(name, ())
+        )
+        for name in wanted
     }
     sums = dict.fromkeys(loss.names, spec(plan.partitioning, ()))
     loop = partial(_loop, plan, wanted=wanted)
@@ -196,7 +210,7 @@ def _loop(
     wanted: frozenset[str],
 ) -> tuple[Sums, Gradients]:
     """The normalised sums, and the gradients of the ``wanted`` fields of the student."""
-    primal_dtypes = {name: jnp.result_type(getattr(student, name)) for name in wanted}
+    primal_dtypes = {name: tuple(map(jnp.result_type, jax.tree.leaves(getattr(student, name)))) for name in wanted}
     student = differing(student.prepared(), student.ROWS, (is_counted, loss, student))
     inverse = jnp.where(normalizer == 0, 0, 1 / normalizer).astype(student.dtype)
     chunk_pass = ChunkPass(plan, loss, student, inverse, primal_dtypes)
@@ -261,8 +275,12 @@ def _order(num_rows: int, is_counted: Counted, chunk_size: int) -> tuple[Int[Arr
 
 
 def _perturbed(student: Any) -> frozenset[str]:
-    """The fields that are differentiated."""
-    return frozenset(name for name, leaf in vars(student).items() if leaf is not None and leaf.perturbed)
+    """The fields of which an array is differentiated."""
+
+    def is_perturbed(field: Any) -> bool:
+        return any(x.perturbed for x in jax.tree.leaves(field, is_leaf=lambda x: isinstance(x, CustomVJPPrimal)))
+
+    return frozenset(name for name, field in vars(student).items() if is_perturbed(field))
 
 
 def _reject_gradient(name: str, argument: Any) -> None:

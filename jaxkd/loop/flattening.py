@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkd.loop.partitioning import ROWS, VOCABULARY, Dims, Partitioning
+from jaxkd.loop.partitioning import ROWS, VOCABULARY, Dims, Partitioning, dims_of_each
 
 
 def splits_vocabulary(source: Any) -> bool:
@@ -187,17 +186,18 @@ def _resized(x: jax.Array, width: int, axis: int) -> jax.Array:
 
 def map_dims(function: Callable[[jax.Array, Dims], Any], tree: Any) -> Any:
     """``function(array, dims)`` of each array of a dataclass, whose ``DIMS`` name the axes of those that have any."""
-
-    def mapped(x: Any, dims: Dims) -> Any:
-        return map_dims(function, x) if _has_dims(x) else function(x, dims)
-
     values = {f.name: getattr(tree, f.name) for f in fields(tree) if not f.metadata.get("static")}
-    return replace(
-        tree,
-        **{
-            k: jax.tree.map(partial(mapped, dims=tree.DIMS.get(k, ())), x, is_leaf=_has_dims) for k, x in values.items()
-        },
-    )
+    return replace(tree, **{k: map_field(function, x, tree.DIMS.get(k, ())) for k, x in values.items()})
+
+
+def map_field(function: Callable[[jax.Array, Dims], Any], field: Any, dims: Any) -> Any:
+    """The same of each array of a field, whose entry in ``DIMS`` is ``dims``."""
+    arrays, structure = jax.tree.flatten(field, is_leaf=_has_dims)
+    mapped = [
+        map_dims(function, x) if _has_dims(x) else function(x, d)
+        for x, d in zip(arrays, dims_of_each(dims, arrays), strict=True)
+    ]
+    return jax.tree.unflatten(structure, mapped)
 
 
 def _has_dims(x: Any) -> bool:

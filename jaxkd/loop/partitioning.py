@@ -21,6 +21,11 @@ Axes = tuple[str, ...]
 Dims = tuple[str | None, ...]
 
 
+def dims_of_each(dims: Any, arrays: list[Any]) -> list[Dims]:
+    """Those of each array of a field, from its entry in `DIMS`: one for each, or one for all."""
+    return list(dims) if dims and isinstance(dims[0], tuple) and arrays else [dims] * len(arrays)
+
+
 @dataclass(frozen=True)
 class Sharding:
     """Which axes of a device mesh hold the rows and the vocabulary.
@@ -38,8 +43,8 @@ class Sharding:
     split over V where `jax.jit` is given no ``out_shardings``. Neither rows nor vocabulary have to divide: they are
     filled up with rows that do not count and with columns whose logits are -inf, and the filling's gradient is dropped.
 
-    On a mesh with Explicit axes the types of the student's arrays say all this, and no `Sharding` is needed. On Auto axes
-    JAX does not tell how arrays lie: without a `Sharding` each device does the work of all.
+    On a mesh with Explicit axes the types of the student's arrays say all this, and no `Sharding` is needed. On Auto
+    axes JAX does not tell how arrays lie: without a `Sharding` each device does the work of all.
 
     Inside the caller's own `jax.shard_map`, manual over all these axes and with its ``check_vma``, arrays are what the
     device has: shards of equal size. The loss is that of all devices, and the gradient of what several devices hold
@@ -187,12 +192,14 @@ def _sharding_of_types(student: Any) -> Sharding | None:
 
     rows = tuple(axes_of(array, i) for i in range(len(student.leading_shape)))
     vocabulary: list[str] = []
-    for name, dims in student.DIMS.items():
-        if VOCABULARY in dims and getattr(student, name) is not None:
-            # A head that is split over D is turned: it becomes split over V.
-            split = range(len(dims)) if ROWS not in dims else [-1]
-            found = [axis for i in split for axis in axes_of(getattr(student, name), i)]
-            vocabulary += [axis for axis in found if axis not in vocabulary]
+    for name, dims_of_field in student.DIMS.items():
+        arrays = jax.tree.leaves(getattr(student, name))
+        for x, dims in zip(arrays, dims_of_each(dims_of_field, arrays), strict=True):
+            if VOCABULARY in dims:
+                # A head that is split over D is turned: it becomes split over V.
+                split = range(len(dims)) if ROWS not in dims else [-1]
+                found = [axis for i in split for axis in axes_of(x, i)]
+                vocabulary += [axis for axis in found if axis not in vocabulary]
     return Sharding(rows, tuple(vocabulary), mesh)
 
 
