@@ -121,6 +121,13 @@ def apo_down(a, b, beta):
     return torch.sigmoid(beta * a) + 1 - torch.sigmoid(beta * (a - b))
 
 
+def _nll_of_tokens(log_probs, lengths, nll_normalizer, weights, normalizer):
+    """Of log-probabilities averaged over tokens: the sum over all tokens over the number; without lengths, the mean."""
+    if lengths is None:
+        return _mean(-log_probs, weights, normalizer)
+    return _mean(-log_probs * lengths, weights, nll_normalizer, counts=lengths)
+
+
 def cpo(
     policy_chosen,
     policy_rejected,
@@ -129,12 +136,14 @@ def cpo(
     beta=0.1,
     alpha=1.0,
     label_smoothing=0.0,
+    nll_normalizer=None,
     weights=None,
     normalizer=None,
 ):
     h = beta * (policy_chosen - policy_rejected)
     preference = (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
-    return _mean(preference - alpha * policy_chosen / chosen_lengths, weights, normalizer)
+    nll = _nll_of_tokens(policy_chosen / chosen_lengths, chosen_lengths, nll_normalizer, weights, normalizer)
+    return _mean(preference, weights, normalizer) + alpha * nll
 
 
 def simpo(policy_chosen, policy_rejected, *, beta=0.1, gamma=0.5, label_smoothing=0.0, weights=None, normalizer=None):
@@ -154,21 +163,34 @@ def cpo_simpo(
     policy_chosen,
     policy_rejected,
     *,
+    chosen_lengths=None,
     beta=0.1,
     gamma=0.5,
     alpha=1.0,
     label_smoothing=0.0,
+    nll_normalizer=None,
     weights=None,
     normalizer=None,
 ):
     h = beta * (policy_chosen - policy_rejected) - gamma
     preference = (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
-    return _mean(preference - alpha * policy_chosen, weights, normalizer)
+    nll = _nll_of_tokens(policy_chosen, chosen_lengths, nll_normalizer, weights, normalizer)
+    return _mean(preference, weights, normalizer) + alpha * nll
 
 
-def orpo(policy_chosen, policy_rejected, *, beta=0.1, weights=None, normalizer=None):
+def orpo(
+    policy_chosen,
+    policy_rejected,
+    *,
+    chosen_lengths=None,
+    beta=0.1,
+    nll_normalizer=None,
+    weights=None,
+    normalizer=None,
+):
     odds = [log_prob.exp() / -torch.expm1(log_prob) for log_prob in (policy_chosen, policy_rejected)]
-    return _mean(-policy_chosen - beta * torch.log(odds[0] / (odds[0] + odds[1])), weights, normalizer)
+    nll = _nll_of_tokens(policy_chosen, chosen_lengths, nll_normalizer, weights, normalizer)
+    return nll + _mean(-beta * torch.log(odds[0] / (odds[0] + odds[1])), weights, normalizer)
 
 
 def kto(
