@@ -34,8 +34,8 @@ WITH_REFERENCE: dict[str, Options] = {
 WITHOUT_REFERENCE: dict[str, Options] = {
     "cpo": {"chosen_lengths": None},
     "simpo": {"beta": 2.0, "label_smoothing": 0.1},
-    "cpo_simpo": {"beta": 2.0, "alpha": 0.5},
-    "orpo": {},
+    "cpo_simpo": {"chosen_lengths": None, "beta": 2.0, "alpha": 0.5},
+    "orpo": {"chosen_lengths": None},
 }
 UNPAIRED: dict[str, Options] = {"kto": {"undesirable_weight": 1.3}, "bco": {}}
 TOKENS: dict[str, Options] = {
@@ -107,6 +107,8 @@ def _of_log_probs(name: str, data: dict[str, torch.Tensor], weighted: bool, opti
         options = options | {"chosen_lengths": data["lengths"][:PAIRS]}
     if weighted:
         options = options | {"weights": weights, "normalizer": 11.0}
+        if "chosen_lengths" in options and name != "irpo":
+            options["nll_normalizer"] = 150.0
     in_jax, in_torch = ({key: pick(x) for key, x in (constants | options).items()} for pick in (_for_jax, _for_torch))
 
     def of_jax(arrays: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
