@@ -10,9 +10,10 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from jaxkd.divergences import AnyDivergence, RowDivergence, forward_kl
+from jaxkd.divergences import AnyDivergence, Divergence, RowDivergence, forward_kl
 from jaxkd.kernels import bucketed, reference, whole_row
 from jaxkd.kernels.signature import ChunkRows, RowLosses, RowOptions, RowResult
+from jaxkd.kernels.term_primitives import lacking
 from jaxkd.logits import Place
 from jaxkd.loop.collectives import is_checked
 
@@ -71,10 +72,10 @@ def row_losses_for(
         raise CannotRun(f'`implementation="{implementation}"` cannot run here: {why}; use "xla" or None')
     if implementation is None:
         for name in ("mosaic", "triton"):
-            if target_platform() == "cuda" and not obstacle(name, chunk):
+            if target_platform() == "cuda" and not obstacle(name, chunk, divergence):
                 return _on_cuda[name]
         return reference.row_losses
-    if reason := obstacle(implementation, chunk):
+    if reason := obstacle(implementation, chunk, divergence):
         raise CannotRun(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
     return _kernels[implementation].row_losses
 
@@ -83,7 +84,7 @@ def xla_row_losses(divergence: AnyDivergence) -> RowLosses:
     return whole_row.row_losses if isinstance(divergence, RowDivergence) else reference.row_losses
 
 
-def obstacle(implementation: str, chunk: Chunk) -> str | None:
+def obstacle(implementation: str, chunk: Chunk, divergence: AnyDivergence = forward_kl) -> str | None:
     """Why a kernel cannot run a chunk, or None if it can."""
     if implementation in _missing:
         return _missing[implementation]
@@ -99,7 +100,11 @@ def obstacle(implementation: str, chunk: Chunk) -> str | None:
     width = max(chunk.student_width, chunk.teacher_width)
     if chunk.rows * width >= 2**31:
         return f"a chunk of {chunk.rows} rows by {width} columns needs 64-bit offsets; give a smaller `chunk_size`"
-    return _mosaic_obstacle(chunk) if implementation == "mosaic" else None
+    if implementation == "mosaic" and (reason := _mosaic_obstacle(chunk)):
+        return reason
+    if isinstance(divergence, Divergence) and (lacks := lacking(implementation, divergence)):
+        return f"its term, or slope, has {', '.join(lacks)}, which this kernel is not known to have"
+    return None
 
 
 def _mosaic_obstacle(chunk: Chunk) -> str | None:
