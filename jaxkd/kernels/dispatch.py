@@ -16,6 +16,7 @@ from jaxkd.kernels.signature import ChunkRows, RowLosses, RowOptions, RowResult
 from jaxkd.kernels.term_primitives import lacking
 from jaxkd.logits import Place
 from jaxkd.loop.collectives import is_checked
+from jaxkd.loop.handed_functions import check_elementwise
 
 _kernels: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
@@ -56,10 +57,12 @@ def row_losses_for(
     """The function that computes the rows of a chunk; ``in_buckets`` if the teacher is a `bucketed.BucketTeacher`.
 
     Raises:
-      ValueError: an unknown name. `CannotRun`: an implementation that cannot run this call, and why.
+      ValueError: an unknown name, a term that is not elementwise. `CannotRun`: an implementation that cannot run this
+        call, and why.
     """
     if implementation not in NAMES:
         raise ValueError(f"`implementation` is {implementation!r}; give one of {NAMES}")
+    _check_term(divergence)
     whole_rows = isinstance(divergence, RowDivergence)
     if whole_rows and chunk.is_shard:
         raise ValueError("`divergence` is a function of whole rows; leave `vocabulary` out of `sharding`")
@@ -81,7 +84,17 @@ def row_losses_for(
 
 
 def xla_row_losses(divergence: AnyDivergence) -> RowLosses:
+    _check_term(divergence)
     return whole_row.row_losses if isinstance(divergence, RowDivergence) else reference.row_losses
+
+
+def _check_term(divergence: AnyDivergence) -> None:
+    """`whole_row` checks a function of whole rows itself, which it knows the widths for."""
+    if isinstance(divergence, Divergence):
+        has_slope, parameters = divergence.slope is not None, divergence.parameters
+        check_elementwise("divergence.term", divergence.term, parameters, is_differentiated=not has_slope)
+        if has_slope:
+            check_elementwise("divergence.slope", divergence.slope, parameters, is_differentiated=False)
 
 
 def obstacle(implementation: str, chunk: Chunk, divergence: AnyDivergence = forward_kl) -> str | None:

@@ -1,4 +1,4 @@
-"""Every function that a user's term may have: the same numbers in XLA and in the kernels, or a refusal that says why."""
+"""Every function that a user's term may have: the same numbers in XLA and in a kernel, or a refusal that says why."""
 
 import cases
 import jax
