@@ -10,11 +10,13 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from jaxkd.divergences import AnyDivergence, RowDivergence, forward_kl
+from jaxkd.divergences import AnyDivergence, Divergence, RowDivergence, forward_kl
 from jaxkd.kernels import bucketed, reference, whole_row
 from jaxkd.kernels.signature import ChunkRows, RowLosses, RowOptions, RowResult
+from jaxkd.kernels.term_primitives import lacking
 from jaxkd.logits import Place
 from jaxkd.loop.collectives import is_checked
+from jaxkd.loop.handed_functions import check_elementwise
 
 _kernels: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
@@ -55,10 +57,12 @@ def row_losses_for(
     """The function that computes the rows of a chunk; ``in_buckets`` if the teacher is a `bucketed.BucketTeacher`.
 
     Raises:
-      ValueError: an unknown name. `CannotRun`: an implementation that cannot run this call, and why.
+      ValueError: an unknown name, a term that is not elementwise. `CannotRun`: an implementation that cannot run this
+        call, and why.
     """
     if implementation not in NAMES:
         raise ValueError(f"`implementation` is {implementation!r}; give one of {NAMES}")
+    _check_term(divergence)
     whole_rows = isinstance(divergence, RowDivergence)
     if whole_rows and chunk.is_shard:
         raise ValueError("`divergence` is a function of whole rows; leave `vocabulary` out of `sharding`")
@@ -71,19 +75,29 @@ def row_losses_for(
         raise CannotRun(f'`implementation="{implementation}"` cannot run here: {why}; use "xla" or None')
     if implementation is None:
         for name in ("mosaic", "triton"):
-            if target_platform() == "cuda" and not obstacle(name, chunk):
+            if target_platform() == "cuda" and not obstacle(name, chunk, divergence):
                 return _on_cuda[name]
         return reference.row_losses
-    if reason := obstacle(implementation, chunk):
+    if reason := obstacle(implementation, chunk, divergence):
         raise CannotRun(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
     return _kernels[implementation].row_losses
 
 
 def xla_row_losses(divergence: AnyDivergence) -> RowLosses:
+    _check_term(divergence)
     return whole_row.row_losses if isinstance(divergence, RowDivergence) else reference.row_losses
 
 
-def obstacle(implementation: str, chunk: Chunk) -> str | None:
+def _check_term(divergence: AnyDivergence) -> None:
+    """`whole_row` checks a function of whole rows itself, which it knows the widths for."""
+    if isinstance(divergence, Divergence):
+        has_slope, parameters = divergence.slope is not None, divergence.parameters
+        check_elementwise("divergence.term", divergence.term, parameters, is_differentiated=not has_slope)
+        if has_slope:
+            check_elementwise("divergence.slope", divergence.slope, parameters, is_differentiated=False)
+
+
+def obstacle(implementation: str, chunk: Chunk, divergence: AnyDivergence = forward_kl) -> str | None:
     """Why a kernel cannot run a chunk, or None if it can."""
     if implementation in _missing:
         return _missing[implementation]
@@ -99,7 +113,11 @@ def obstacle(implementation: str, chunk: Chunk) -> str | None:
     width = max(chunk.student_width, chunk.teacher_width)
     if chunk.rows * width >= 2**31:
         return f"a chunk of {chunk.rows} rows by {width} columns needs 64-bit offsets; give a smaller `chunk_size`"
-    return _mosaic_obstacle(chunk) if implementation == "mosaic" else None
+    if implementation == "mosaic" and (reason := _mosaic_obstacle(chunk)):
+        return reason
+    if isinstance(divergence, Divergence) and (lacks := lacking(implementation, divergence)):
+        return f"its term, or slope, has {', '.join(lacks)}, which this kernel is not known to have"
+    return None
 
 
 def _mosaic_obstacle(chunk: Chunk) -> str | None:

@@ -2,12 +2,13 @@
 
 In a term `expm1` and `log1p` are replaced: Mosaic GPU has neither, and libdevice's cost more than the rest of a term.
 The ones here are a polynomial near 0, where they have to be exact relative to their result, and `exp` and `log`
-elsewhere: relative errors below 1e-6.
+elsewhere: relative errors below 1e-6. Replaced are also a few primitives that a kernel's compiler lacks and that are
+others' in other words; what it lacks after that, `term_primitives` knows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxkd.divergences import Divergence
 from jaxkd.divergences.sums_over_tokens import LN2
+from jaxkd.loop.traced import CALLS, called, live_equations
 
 LOG2E = 1 / LN2
 LOWEST = -1e38  # below every logit, yet finite, so that -inf minus it is -inf and not NaN
@@ -46,17 +48,31 @@ def log1p(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < NEAR, x * polynomial(x, LOG1P), jnp.log(1 + x))
 
 
-def polynomial(x: jax.Array, coefficients: tuple[float, ...]) -> jax.Array:
-    value = x * coefficients[-1] + coefficients[-2]
-    for c in coefficients[-3::-1]:
-        value = value * x + c
-    return value
+def polynomial(x: jax.Array, coefficients: Sequence[Any]) -> jax.Array:
+    """Of coefficients from the constant up."""
+    return reduce(lambda value, c: value * x + c, coefficients[-2::-1], coefficients[-1])
 
 
-# `add_any` is how derivatives add; Mosaic GPU has no rule for it.
-REPLACEMENTS: dict[str, Callable[..., jax.Array]] = {"expm1": expm1, "log1p": log1p, "add_any": jnp.add}
-# Calls of a function, which is traced in their place: a kernel has no rule for a derivative that is somebody's own.
-CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
+def integer_pow(x: jax.Array, y: int) -> jax.Array:
+    """By squaring; Mosaic GPU has no negative powers."""
+    if y < 0:
+        return 1 / integer_pow(x, -y)
+    if y < 2:
+        return x if y else jnp.ones_like(x)
+    half = integer_pow(x, y // 2)
+    return half * half * x if y % 2 else half * half
+
+
+# By primitive; each is given the primitive's operands and parameters.
+REPLACEMENTS: dict[str, Callable[..., jax.Array]] = {
+    "expm1": lambda x, **_: expm1(x),
+    "log1p": lambda x, **_: log1p(x),
+    "add_any": lambda x, y: jnp.add(x, y),  # how derivatives add
+    "integer_pow": lambda x, *, y: integer_pow(x, y),
+    "polynomial": lambda x, *coefficients, **_: jnp.broadcast_to(polynomial(x, coefficients), x.shape),
+}
+# What gives its operands back.
+IDENTITIES = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
 
 
 def with_kernel_math(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,15 +92,18 @@ def term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.Array, 
 
 def base_2_term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The same of logarithms to the base 2, by the divergence's form for kernels where it has one."""
+    if divergence.kernel_form is not None:
+        return with_kernel_math(divergence.kernel_form)
     term_and_slope = term_and_slope_of(divergence)
-    return divergence.kernel_form or (lambda p, q, *parameters: term_and_slope(p * LN2, q * LN2, *parameters))
+    return lambda p, q, *parameters: term_and_slope(p * LN2, q * LN2, *parameters)
 
 
 def _evaluate_without_repetition(closed: ClosedJaxpr, known: dict[Any, Any], *arguments: Any) -> list[Any]:
     """An interpreter of jaxprs with common-subexpression elimination: a term and its slope share most operations.
 
-    ``known`` has the operations done so far, by primitive, parameters and identity of the inputs. Calls are inlined, so
-    that what they share is seen.
+    ``known`` has the operations done so far, by primitive, parameters and identity of the inputs. Calls are inlined:
+    what they share is seen, and no kernel has a rule for a derivative that is somebody's own. An accuracy that is asked
+    of an operation is not handed on: a kernel has one.
     """
     environment = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     environment |= dict(zip(closed.jaxpr.invars, arguments, strict=True))
@@ -92,22 +111,21 @@ def _evaluate_without_repetition(closed: ClosedJaxpr, known: dict[Any, Any], *ar
     def read(variable: Any) -> Any:
         return variable.val if isinstance(variable, Literal) else environment[variable]
 
-    for equation in closed.jaxpr.eqns:
+    for equation in live_equations(closed.jaxpr):
         inputs = [read(variable) for variable in equation.invars]
         name = equation.primitive.name
         if name in CALLS:
-            outputs = _evaluate_without_repetition(_called(equation), known, *inputs)
+            outputs = _evaluate_without_repetition(called(equation), known, *inputs)
+        elif name in IDENTITIES:
+            outputs = inputs
         else:
-            same = (name, str(equation.params), *(x if np.isscalar(x) else id(x) for x in inputs))
+            parameters = {key: None if key == "accuracy" else x for key, x in equation.params.items()}
+            same = (name, str(parameters), *(x if np.isscalar(x) else id(x) for x in inputs))
             if same not in known:
-                operation = REPLACEMENTS.get(name, partial(equation.primitive.bind, **equation.params))
-                known[same] = inputs, operation(*inputs)  # the inputs are kept, so that no other gets their id
+                operation = REPLACEMENTS.get(name, equation.primitive.bind)
+                # The inputs are kept, so that no other gets their id.
+                known[same] = inputs, operation(*inputs, **parameters)
             result = known[same][1]
             outputs = result if equation.primitive.multiple_results else [result]
         environment |= dict(zip(equation.outvars, outputs, strict=True))
     return [read(variable) for variable in closed.jaxpr.outvars]
-
-
-def _called(equation: Any) -> ClosedJaxpr:
-    inner = next(equation.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in equation.params)
-    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())

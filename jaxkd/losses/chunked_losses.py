@@ -15,6 +15,7 @@ from jaxkd.loop import Metrics, Plan, Sharding, count_rows, metrics_of, rows_of_
 from jaxkd.loop.checks import check_row_arguments, check_source
 from jaxkd.loop.collectives import vary_like
 from jaxkd.loop.flattening import flat_tree, on_auto_axes
+from jaxkd.loop.handed_functions import check_row_function
 from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
 
 RowFunction = Callable[..., Any]
@@ -44,8 +45,9 @@ def chunked_loss(
     Args:
       function: ``function(logits, labels, per_row, shared)`` of logits (C, V) in float32 (float64 for float64), labels
         (C,) or None, and what is given below, to (C,), or to (C,) and a dict of metrics (C,). A row's number may depend
-        on no other row: which rows share a chunk is not yours to know. Define it at module level, or call under
-        `jax.jit`: it is part of what is compiled.
+        on no other row: which rows share a chunk is not yours to know. A sum, a sort or a shift over rows is an error;
+        what mixes them unseen, by an index say, gives a number that changes with ``chunk_size``. Define it at module
+        level, or call under `jax.jit`: it is part of what is compiled.
       student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`; gradients reach all its arrays.
       labels: (...) integers or None. One outside the vocabulary other than ``ignore_index`` makes the loss NaN.
       per_row: a pytree. A `LinearLogits` or `Logits` in it (a teacher) reaches the function as its logits of the
@@ -207,25 +209,18 @@ def _check_per_row(name: str, x: Any, rows: tuple[int, ...], student: str) -> No
 def names_of_metrics(loss: FunctionLoss, student: Source, chunk_size: int) -> tuple[str, ...]:
     """What the function returns for a chunk, traced on shapes alone and checked."""
 
-    def chunk(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((chunk_size, *x.shape[1:]), x.dtype)
+    def arguments(num_rows: int) -> tuple[Any, ...]:
+        def chunk(x: Any) -> jax.ShapeDtypeStruct:
+            if _is_source(x):
+                return jax.ShapeDtypeStruct((num_rows, x.vocabulary), student.dtype)
+            return jax.ShapeDtypeStruct((num_rows, *x.shape[1:]), x.dtype)
 
-    per_row = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((chunk_size, x.vocabulary), student.dtype) if _is_source(x) else chunk(x),
-        loss.per_row,
-        is_leaf=_is_source,
-    )
-    logits = jax.ShapeDtypeStruct((chunk_size, student.vocabulary), student.dtype)
-    labels = None if loss.labels is None else chunk(loss.labels)
-    result = jax.eval_shape(loss.function, logits, labels, per_row, loss.shared)
-    rows, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-    if not isinstance(metrics, dict):
-        raise TypeError(f"`function` returns {result}; give (C,), or (C,) and a dict of metrics (C,)")
-    if reserved := {"loss", "num_rows"} & metrics.keys():
+        logits = jax.ShapeDtypeStruct((num_rows, student.vocabulary), student.dtype)
+        labels = None if loss.labels is None else chunk(loss.labels)
+        return logits, labels, jax.tree.map(chunk, loss.per_row, is_leaf=_is_source), shared
+
+    shared = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), loss.shared)
+    metrics = check_row_function("function", loss.function, arguments, chunk_size)
+    if reserved := {"loss", "num_rows"} & set(metrics):
         raise ValueError(f"`function` returns a metric {sorted(reserved)}; these are jaxkd's own, give another name")
-    for name, x in {"the loss": rows, **metrics}.items():
-        if not hasattr(x, "shape"):
-            raise TypeError(f"`function` returns {x!r} as {name}; give an array of one number a row")
-        if x.shape != (chunk_size,):
-            raise ValueError(f"`function` returns {x.shape} as {name}; give one number a row, here ({chunk_size},)")
-    return tuple(sorted(metrics))
+    return metrics
