@@ -12,7 +12,7 @@ from jaxkd.logits.sources import Gradients, LinearLogits
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CosineLogits(LinearLogits):
     """Logits ``z = scale * cos(hidden_i, weight_j)``: the linear ones with both lengths divided out.
 

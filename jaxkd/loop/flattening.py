@@ -132,7 +132,7 @@ def _flat_source(partitioning: Partitioning, source: Any, width: int) -> Any:
     depth = len(source.leading_shape)
     width = partitioning.local_width(width) * partitioning.size(partitioning.vocabulary)
 
-    def flat(x: jax.Array, dims: Dims) -> jax.Array:
+    def flat(x: Any, dims: Dims) -> Any:  # a scale may be a Python number
         if partitioning.vocabulary and VOCABULARY in dims:
             x = _of_width(partitioning, x, width, dims)
         return _flat_array(partitioning, x, dims, depth) if dims[:1] == (ROWS,) else x

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxkd
 
-B, T, D, D_TEACHER, V, CHUNK = 8, 6, 16, 24, 40, 2
+B, T, D, D_TEACHER, V, CHUNK, RANK = 8, 6, 16, 24, 40, 2, 3
 
 
 def mesh_of(shape, names, kind):
@@ -28,12 +28,15 @@ def arrays():
     teacher = cases.head(1, (B, T), D_TEACHER, V, bias=True).astype(jnp.float32)
     labels = cases.some_labels(2, (B, T), V, ignored=0.0)
     labels.reshape(-1)[labels.size // 3 :: 2] = -100
-    weights = np.random.default_rng(3).uniform(0.5, 2.0, (B, T)).astype(np.float32)
-    upstream = np.random.default_rng(4).normal(size=(B, T)).astype(np.float32)
+    rng = np.random.default_rng(3)
+    weights = rng.uniform(0.5, 2.0, (B, T)).astype(np.float32)
+    upstream = rng.normal(size=(B, T)).astype(np.float32)
     return {
         "hidden": student.hidden,
         "weight": student.weight,
         "bias": student.bias,
+        "down": jnp.asarray(rng.normal(size=(D, RANK)) / 4, jnp.float32),
+        "up": jnp.asarray(rng.normal(size=(RANK, V)) / 2, jnp.float32),
         "teacher_hidden": teacher.hidden,
         "teacher_weight": teacher.weight,
         "labels": jnp.asarray(labels),
@@ -42,7 +45,7 @@ def arrays():
     }
 
 
-DIFFERENTIATED = ("hidden", "weight", "bias")
+DIFFERENTIATED = ("hidden", "weight", "bias", "down", "up")
 
 
 def models(x):
@@ -65,6 +68,11 @@ def distillation(divergence, x, total, **options):
     return jaxkd.distillation_loss(
         student, teacher, x["labels"], divergence=divergence, hard_weight=0.5, weights=x["weights"], **options
     )
+
+
+def low_rank(x, total, **options):
+    student = jaxkd.LinearLogits(x["hidden"], x["weight"], x["bias"], low_rank=(x["down"], x["up"]))
+    return jaxkd.distillation_loss(student, models(x)[1], x["labels"], weights=x["weights"], **options)
 
 
 def all_rows(x, total, **options):
@@ -102,6 +110,7 @@ def projected(loss, x, total, **options):
 SUMS = {  # over tokens: the vocabulary may be split
     "jensen_shannon": partial(distillation, jaxkd.jensen_shannon(0.3)),
     "all_rows": all_rows,
+    "low_rank": low_rank,
     "token_log_probs": log_probs,
     "token_statistics": statistics,
 }
@@ -140,6 +149,8 @@ def specs_of(batch, sequence, vocabulary):
         "hidden": P(*rows),
         "weight": of_head,
         "bias": of_head,
+        "down": P(),
+        "up": P(None, vocabulary or None),
         "teacher_hidden": P(*rows),
         "teacher_weight": of_head,
         "labels": P(*rows),
@@ -208,6 +219,7 @@ def test_work_is_shared(name, layout):
     shape, names, *axes = LAYOUTS[layout]
     loss, rows, width = (SUMS | WHOLE)[name], (512, 8), 1024
     head = {"weight": (width, D), "bias": (width,), "teacher_weight": (width, D_TEACHER)}
+    head |= {"down": (D, RANK), "up": (RANK, width)}
     states = {"hidden": (*rows, D), "teacher_hidden": (*rows, D_TEACHER), "weights": rows, "upstream": rows}
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (head | states).items()}
     shapes["labels"] = jax.ShapeDtypeStruct(rows, jnp.int32)
