@@ -1,5 +1,7 @@
 """Several teachers: the dense float64 truth of the mixed distribution, its laws, and what is refused."""
 
+from functools import partial
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,15 @@ def mixed(shares, temperature=1.0):
 def run(teachers, shares=None, labels=LABELS, student=STUDENT, dtype=jnp.float32, **options):
     teachers = [x.astype(dtype) if isinstance(x, cases.Head) else x for x in teachers]
     teacher = jaxkd.Mixture(teachers, None if shares is None else jnp.asarray(shares, dtype))
-    return cases.value_and_grad(student.astype(dtype), teacher, labels, chunk_size=CHUNK, **options)
+    return loss_and_gradient(student.astype(dtype), teacher, labels, **options)
+
+
+@partial(jax.jit, static_argnames=("implementation", "sharding"))
+def loss_and_gradient(student, teacher, labels, **options):
+    """((loss, metrics), gradient to the student), with all numbers traced: one program for many tests."""
+    return jax.value_and_grad(jaxkd.distillation_loss, has_aux=True)(
+        student, teacher, labels, chunk_size=CHUNK, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +68,7 @@ def test_float64(name, shares, width, x64):
 
 
 def test_one_teacher_is_that_teacher():
-    plain = cases.value_and_grad(STUDENT.astype(jnp.float32), TEACHERS[0].astype(jnp.float32), LABELS, temperature=1.5)
+    plain = loss_and_gradient(STUDENT.astype(jnp.float32), TEACHERS[0].astype(jnp.float32), LABELS, temperature=1.5)
     for teachers, shares in (
         (TEACHERS[:1], None),
         (TEACHERS[:1], [7.0]),
@@ -106,7 +116,7 @@ def test_bfloat16():
     """As the mixture of the rounded teachers."""
     teachers = [x.astype(jnp.bfloat16) for x in TEACHERS[:2]]
     student = STUDENT.astype(jnp.bfloat16)
-    loss, gradient = jax.value_and_grad(lambda x: jaxkd.distillation_loss(x, jaxkd.Mixture(teachers))[0])(student)
+    (loss, _), gradient = loss_and_gradient(student, jaxkd.Mixture(teachers), None)
     p = np.mean([np.exp(cases.log_softmax(cases.twin(x).logits)) for x in teachers], axis=0)
     want = cases.distillation(cases.twin(student), np.log(p), divergence="forward_kl")
     assert float(loss) == pytest.approx(want.loss, rel=1e-4)
@@ -120,15 +130,16 @@ def test_leading_axes():
         for x in (STUDENT, *TEACHERS)
     ]
     shares = jnp.asarray(SHARES[:12].reshape(3, 4, 3), jnp.float32)
-    loss = jaxkd.distillation_loss(by_sequence[0], jaxkd.Mixture(by_sequence[1:], shares))[0]
+    distil = jax.jit(jaxkd.distillation_loss)
+    loss = distil(by_sequence[0], jaxkd.Mixture(by_sequence[1:], shares))[0]
     rows = [x.map(lambda f, x: x[:12] if f == "hidden" else x).astype(jnp.float32) for x in (STUDENT, *TEACHERS)]
-    flat = jaxkd.distillation_loss(rows[0], jaxkd.Mixture(rows[1:], shares.reshape(12, 3)))[0]
+    flat = distil(rows[0], jaxkd.Mixture(rows[1:], shares.reshape(12, 3)))[0]
     assert float(loss) == pytest.approx(float(flat), rel=1e-6)
 
 
 def test_no_gradient_to_teachers_and_an_error_for_weights():
     student, teachers = STUDENT.astype(jnp.float32), [x.astype(jnp.float32) for x in TEACHERS]
-    gradient = jax.grad(lambda x: jaxkd.distillation_loss(student, jaxkd.Mixture(x))[0])(teachers)
+    gradient = jax.jit(jax.grad(lambda x: jaxkd.distillation_loss(student, jaxkd.Mixture(x))[0]))(teachers)
     assert not any(np.any(x) for x in jax.tree.leaves(gradient))
     with pytest.raises(TypeError, match=r"teacher\.weights.*stop_gradient"):
         jax.grad(lambda w: jaxkd.distillation_loss(student, jaxkd.Mixture(teachers, w))[0])(jnp.ones(3))

@@ -1,6 +1,7 @@
 """Cached top-k teachers: worked numbers, float64 truth token by token, the laws of the bucket, and what is refused."""
 
 import itertools
+from functools import partial
 
 import cases
 import jax
@@ -66,10 +67,17 @@ def truth(name, tail, student, log_probs, ids, temperature=1.0, captured_at=1.0)
 
 
 def value_and_grad(student, teacher, dtype=jnp.float32, **options):
+    return _value_and_grad(jnp.asarray(student, dtype), teacher, **options)
+
+
+@partial(jax.jit, static_argnames=("sharding",))
+def _value_and_grad(student, teacher, **options):
+    """With the teacher, the divergence's parameters and all numbers traced: one program for many tests."""
+
     def loss(values):
         return jaxkd.distillation_loss(jaxkd.Logits(values), teacher, chunk_size=CHUNK, **options)[0]
 
-    return jax.value_and_grad(loss)(jnp.asarray(student, dtype))
+    return jax.value_and_grad(loss)(student)
 
 
 QUARTERS = np.zeros((1, 4))
@@ -214,20 +222,22 @@ def test_masks_weights_hard_loss_and_poison(name, tail, x64):
     log_probs, ids = (np.where(counted[:, None], x, bad) for x, bad in ((log_probs, np.nan), (ids, V + 5)))
     poisoned = jnp.where(counted[:, None], student.hidden, jnp.nan)
 
-    def loss(hidden, chunk_size):
+    @partial(jax.jit, static_argnums=1)
+    @partial(jax.value_and_grad, has_aux=True)
+    def value_and_gradient(hidden, chunk_size):
         teacher = jaxkd.TopKLogProbs(log_probs, ids, tail=tail)
         return jaxkd.distillation_loss(
             jaxkd.LinearLogits(hidden, student.weight), teacher, labels, chunk_size=chunk_size, **options
         )
 
-    (got, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(poisoned, CHUNK)
+    (got, metrics), gradient = value_and_gradient(poisoned, CHUNK)
     w = weights[counted] / weights[counted].sum()
     assert metrics["soft"] == pytest.approx(w @ want_soft, rel=1e-6)
     assert metrics["hard"] == pytest.approx(w @ want_hard, rel=1e-6)
     assert float(got) == pytest.approx(w @ want_soft + 0.5 * (w @ want_hard), rel=1e-11)
     assert not np.any(gradient[~counted])
     assert np.any(gradient[counted], axis=1).all()
-    (other, _), other_gradient = jax.value_and_grad(loss, has_aux=True)(poisoned, 1000)
+    (other, _), other_gradient = value_and_gradient(poisoned, 1000)
     assert float(other) == pytest.approx(float(got), rel=1e-13)
     np.testing.assert_allclose(other_gradient, gradient, rtol=1e-10, atol=1e-15)
 
@@ -278,7 +288,8 @@ def test_narrow_types(dtype):
     student = cases.head(0, N, 8, V).astype(dtype)
     log_probs, ids = captured(logits(2))
     teacher = jaxkd.TopKLogProbs(jnp.asarray(log_probs, dtype), ids.astype(np.int16))
-    loss, gradient = jax.value_and_grad(lambda x: jaxkd.distillation_loss(x, teacher, chunk_size=CHUNK)[0])(student)
+    grad = jax.jit(jax.value_and_grad(lambda x: jaxkd.distillation_loss(x, teacher, chunk_size=CHUNK)[0]))
+    loss, gradient = grad(student)
     rounded = np.asarray(teacher.log_probs).astype(np.float64)
     want = truth("forward_kl", "bucket", cases.twin(student).logits, rounded, ids)
     assert loss.dtype == jnp.float32

@@ -1,5 +1,7 @@
 """A teacher of another tokenizer: worked numbers, float64 truth by buckets, its laws, and what is refused."""
 
+from functools import partial
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,15 @@ def in_buckets(z, ids, temperature):
 
 
 def run(student, teacher, ids=(STUDENT_IDS, TEACHER_IDS), labels=None, **options):
-    return cases.value_and_grad(student, jaxkd.VocabularyMap(teacher, *ids), labels, chunk_size=CHUNK, **options)
+    return loss_and_gradient(student, teacher, ids, labels, **options)
+
+
+@partial(jax.jit, static_argnames=("sharding",))
+def loss_and_gradient(student, teacher, ids, labels, **options):
+    """((loss, metrics), gradient to the student), with all numbers traced: one program for many tests."""
+    return jax.value_and_grad(jaxkd.distillation_loss, has_aux=True)(
+        student, jaxkd.VocabularyMap(teacher, *ids), labels, chunk_size=CHUNK, **options
+    )
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon_0.1", "hellinger"])
@@ -95,13 +105,9 @@ def test_traced_ids_that_do_not_fit_are_no_number(wrong):
     """Outside, or there already."""
     student = jaxkd.Logits(jnp.asarray(STUDENT.logits, jnp.float32))
 
-    @jax.jit
-    def loss(ids):
-        teacher = jaxkd.VocabularyMap(student, ids, jnp.arange(S))
-        return jax.value_and_grad(lambda x: jaxkd.distillation_loss(x, teacher, chunk_size=CHUNK)[0])(student)
-
-    assert np.isfinite(loss(jnp.arange(S))[0])
-    value, gradient = loss(jnp.arange(S).at[7].set(wrong))
+    ids = np.arange(S)
+    assert np.isfinite(run(student, student, (ids, ids))[0][0])
+    (value, _), gradient = run(student, student, (np.where(ids == 7, wrong, ids), ids))
     assert np.isnan(value)
     assert np.isnan(gradient.values).any()
 
@@ -112,7 +118,7 @@ def test_no_gradient_to_the_teacher():
     def loss(teacher):
         return jaxkd.distillation_loss(student, jaxkd.VocabularyMap(teacher, STUDENT_IDS, TEACHER_IDS))[0]
 
-    assert not any(np.any(x) for x in jax.tree.leaves(jax.grad(loss)(TEACHER.astype(jnp.float32))))
+    assert not any(np.any(x) for x in jax.tree.leaves(jax.jit(jax.grad(loss))(TEACHER.astype(jnp.float32))))
 
 
 def test_no_more_than_a_chunk_of_logits():
