@@ -39,6 +39,7 @@ from jaxkd.loop.collectives import (
 )
 from jaxkd.loop.flattening import map_field, map_over_mesh, spec, specs
 from jaxkd.loop.partitioning import ROWS, Partitioning
+from jaxkd.loop.reverse_once import reverse_once
 from jaxkd.loop.row_loss import Counted, RowLoss, Sums, WeightedRowLoss
 
 # Gradients in the forward pass.
@@ -216,7 +217,9 @@ def _loop(
     chunk_pass = ChunkPass(plan, loss, student, inverse, primal_dtypes)
     start = chunk_pass.start(is_every_row_counted=is_counted is None)
     state = _for_each_chunk(plan.chunks.size, is_counted, student, plan.partitioning, chunk_pass, start)
-    return chunk_pass.finish(state)
+    results = chunk_pass.finish(state)
+    has_unknown_trips = is_counted is not None and student.leading_shape[0] > plan.chunks.piece
+    return reverse_once(results) if has_unknown_trips else results
 
 
 def _for_each_chunk(

@@ -244,8 +244,8 @@ class _Arguments:
 
 def _sound_temperature(temperature: Any, dtype: Any) -> jax.Array:
     """NaN, and with it the loss, for a traced one that is not above 0: it cannot be refused."""
-    temperature = jnp.asarray(temperature, dtype)
-    return jnp.where(temperature > 0, temperature, jnp.nan) if known_value(temperature) is None else temperature
+    sound = jnp.asarray(temperature, dtype)
+    return jnp.where(sound > 0, sound, jnp.nan) if known_value(temperature) is None else sound
 
 
 def _is(value: Any, number: int) -> bool:
