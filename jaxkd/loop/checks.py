@@ -64,10 +64,27 @@ def check_same_rows(student: Source, teacher: Any, names: tuple[str, str]) -> No
 
 def check_labels(labels: Any, rows: tuple[int, ...], name: str) -> None:
     """Integers of the shape ``rows``, which is that of the argument ``name``."""
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-        raise TypeError(f"`labels` is {jnp.result_type(labels).name}; give integer token ids")
-    if jnp.shape(labels) != rows:
-        raise ValueError(f"`labels` has shape {jnp.shape(labels)} but `{name}` has leading shape {rows}")
+    check_token_ids("labels", labels)
+    shape = jnp.shape(labels)
+    if shape != rows:
+        hint = "; take the last axis off, `labels[..., 0]`" if shape == (*rows, 1) else "; give one label a row"
+        raise ValueError(f"`labels` has shape {shape} but `{name}` has leading shape {rows}{hint}")
+
+
+def check_token_ids(name: str, x: Any) -> None:
+    check_is_array(name, x)
+    if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+        kind = jnp.result_type(x).name
+        hint = "; a mask of rows is no label: `jnp.where(mask, token_ids, ignore_index)`" if kind == "bool" else ""
+        raise TypeError(f"`{name}` is {kind}; give integer token ids{hint}")
+
+
+def check_is_array(name: str, x: Any) -> None:
+    """Of JAX or NumPy, or a number."""
+    if type(x).__module__.split(".")[0] == "torch":
+        raise TypeError(f"`{name}` is a torch.{type(x).__name__}; give a JAX array, `torch_bridge` converts them")
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic, int, float)):
+        raise TypeError(f"`{name}` is a {type(x).__name__}; give an array")
 
 
 def check_weights(weights: Any, rows: tuple[int, ...], name: str) -> None:
