@@ -95,11 +95,12 @@ def base_2_term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.
 
     Both are 0 where both logarithms are -inf, which is what fills a row up to whole blocks.
     """
-    if (form := divergence.kernel_form) is None:
-        form, term_and_slope = divergence.term, term_and_slope_of(divergence)
+    term_and_slope = term_and_slope_of(divergence)
+    if divergence.kernel_form is None:
         base_2 = lambda p, q, *parameters: term_and_slope(p * LN2, q * LN2, *parameters)  # noqa: E731
     else:
-        base_2 = with_kernel_math(form)
+        base_2 = with_kernel_math(divergence.kernel_form)
+    form = divergence.kernel_form or divergence.term
     is_ours = getattr(form, "__module__", "").split(".")[0] == "jaxkd"  # these have it by their form
     return base_2 if is_ours else partial(_zero_where_closed, base_2)
 

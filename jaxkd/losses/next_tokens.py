@@ -19,8 +19,8 @@ def shift_labels(tokens: ArrayLike, mask: ArrayLike | None = None, ignore_index:
 
     Args:
       tokens: (..., T) integers.
-      mask: (..., T) booleans or numbers: which tokens are to be predicted. A token that is 0 in it is no label, whatever
-        it predicts itself: hand over an attention mask, or the mask of the answer.
+      mask: (..., T) booleans or numbers: which tokens are to be predicted, as an attention mask has it, or the mask
+        of an answer. A token that is 0 in it is no label, whatever it predicts itself.
       ignore_index: the label of a position that does not count, as in `distillation_loss`.
 
     Returns:
