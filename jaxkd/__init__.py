@@ -27,6 +27,7 @@ from jaxkd.losses import (
     hidden_cosine,
     hidden_mse,
     sequence_log_probs,
+    shift_labels,
     token_log_probs,
     token_statistics,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "preference",
     "reverse_kl",
     "sequence_log_probs",
+    "shift_labels",
     "sinkhorn",
     "skew_kl",
     "symmetric_kl",

@@ -91,8 +91,8 @@ def xla_row_losses(divergence: AnyDivergence) -> RowLosses:
 def _check_term(divergence: AnyDivergence) -> None:
     """`whole_row` checks a function of whole rows itself, which it knows the widths for."""
     if isinstance(divergence, Divergence):
-        parameters, slope = divergence.parameters, divergence.slope
-        check_elementwise("divergence.term", divergence.term, parameters, is_differentiated=slope is None)
+        term, slope, parameters = divergence.term, divergence.slope, divergence.parameters
+        check_elementwise("divergence.term", term, parameters, is_differentiated=slope is None)
         if slope is not None:
             check_elementwise("divergence.slope", slope, parameters, is_differentiated=False)
 

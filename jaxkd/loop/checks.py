@@ -91,12 +91,31 @@ def check_same_rows(student: Source, teacher: Any, names: tuple[str, str]) -> No
 
 def check_labels(labels: Any, rows: tuple[int, ...], name: str) -> None:
     """Integers of the shape ``rows``, which is that of the argument ``name``."""
-    check_integers("labels", labels)
-    if jnp.shape(labels) != rows:
-        raise ValueError(f"`labels` has shape {jnp.shape(labels)} but `{name}` has leading shape {rows}")
+    check_token_ids("labels", labels)
+    shape = jnp.shape(labels)
+    if shape != rows:
+        hint = "; take the last axis off, `labels[..., 0]`" if shape == (*rows, 1) else "; give one label a row"
+        raise ValueError(f"`labels` has shape {shape} but `{name}` has leading shape {rows}{hint}")
+
+
+def check_token_ids(name: str, x: Any) -> None:
+    check_is_array(name, x)
+    if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+        kind = jnp.result_type(x).name
+        hint = "; a mask of rows is no label: `jnp.where(mask, token_ids, ignore_index)`" if kind == "bool" else ""
+        raise TypeError(f"`{name}` is {kind}; give integer token ids{hint}")
+
+
+def check_is_array(name: str, x: Any) -> None:
+    """Of JAX or NumPy, or a number."""
+    if type(x).__module__.split(".")[0] == "torch":
+        raise TypeError(f"`{name}` is a torch.{type(x).__name__}; give a JAX array, `torch_bridge` converts them")
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic, int, float)):
+        raise TypeError(f"`{name}` is a {type(x).__name__}; give an array")
 
 
 def check_weights(weights: Any, rows: tuple[int, ...], name: str) -> None:
+    check_is_array("weights", weights)
     if jnp.shape(weights) != rows:
         raise ValueError(f"`weights` has shape {jnp.shape(weights)} but `{name}` has leading shape {rows}")
     known = known_value(weights)
@@ -105,9 +124,9 @@ def check_weights(weights: Any, rows: tuple[int, ...], name: str) -> None:
 
 
 def check_mask(mask: Any, rows: tuple[int, ...], name: str) -> None:
-    dtype = _dtype_of("mask", mask)
-    if dtype != jnp.bool:
-        raise TypeError(f"`mask` is {dtype.name}; give booleans, True in the rows that count")
+    check_is_array("mask", mask)
+    if jnp.result_type(mask) != jnp.bool:
+        raise TypeError(f"`mask` is {jnp.result_type(mask).name}; give booleans, True in the rows that count")
     if jnp.shape(mask) != rows:
         raise ValueError(f"`mask` has shape {jnp.shape(mask)} but `{name}` has leading shape {rows}; give one for each")
 
@@ -180,16 +199,3 @@ def check_size(name: str, value: Any) -> None:
 def known_value(x: Any) -> np.ndarray | None:
     """The value of a number or array, or None while it is traced."""
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)
-
-
-def check_integers(name: str, ids: Any) -> None:
-    dtype = _dtype_of(name, ids)
-    if not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(f"`{name}` is {dtype.name}; give integer token ids")
-
-
-def _dtype_of(name: str, x: Any) -> jnp.dtype:
-    try:
-        return jnp.result_type(x)
-    except TypeError:
-        raise TypeError(f"`{name}` is a {type(x).__name__}; give an array") from None

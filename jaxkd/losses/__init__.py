@@ -11,3 +11,4 @@ from jaxkd.losses.hidden_states import hidden_mse as hidden_mse
 from jaxkd.losses.log_probs import sequence_log_probs as sequence_log_probs
 from jaxkd.losses.log_probs import token_log_probs as token_log_probs
 from jaxkd.losses.log_probs import token_statistics as token_statistics
+from jaxkd.losses.next_tokens import shift_labels as shift_labels

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.logits import LinearLogits, Logits, Place, Source, placed, take_rows
 from jaxkd.loop import Metrics, Plan, Sharding, count_rows, metrics_of, rows_of_chunk, sum_rows, weighted
-from jaxkd.loop.checks import check_row_arguments, check_source
+from jaxkd.loop.checks import check_is_array, check_row_arguments, check_source
 from jaxkd.loop.collectives import vary_like
 from jaxkd.loop.flattening import flat_tree, on_auto_axes
 from jaxkd.loop.handed_functions import check_row_function
@@ -49,7 +49,8 @@ def chunked_loss(
         what mixes them unseen, by an index say, gives a number that changes with ``chunk_size``. Define it at module
         level, or call under `jax.jit`: it is part of what is compiled.
       student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`; gradients reach all its arrays.
-      labels: (...) integers or None. One outside the vocabulary other than ``ignore_index`` makes the loss NaN.
+      labels: (...) integers or None: ``labels[:, t]`` is the token after position t (`jaxkd.shift_labels`). One outside
+        the vocabulary other than ``ignore_index`` makes the loss NaN.
       per_row: a pytree. A `LinearLogits` or `Logits` in it (a teacher) reaches the function as its logits of the
         chunk's rows, (C, Vt); an array (..., *rest) with the student's leading axes as its rows, (C, *rest).
       shared: a pytree of arrays that reaches the function as it is: temperatures, tables.
@@ -98,6 +99,7 @@ def chunked_loss(
         per_row,
         is_leaf=_is_source,
     )
+    jax.tree_util.tree_map_with_path(lambda path, x: check_is_array("shared" + jax.tree_util.keystr(path), x), shared)
 
     partitioning = partitioning_of(sharding, student, needs_whole_rows="`function`")
     of_arrays = partial(_loss_of_arrays, function, partitioning, ignore_index, chunk_size)
@@ -198,6 +200,8 @@ def _is_source(x: Any) -> bool:
 def _check_per_row(name: str, x: Any, rows: tuple[int, ...], student: str) -> None:
     if _is_source(x):
         check_source(x, f"{name}.")
+    else:
+        check_is_array(name, x)
     shape = x.leading_shape if _is_source(x) else jnp.shape(x)[: len(rows)]
     if shape != rows:
         what = f"leading shape {shape}" if _is_source(x) else f"shape {jnp.shape(x)}"

@@ -36,7 +36,8 @@ def hidden_cosine(
     Args:
       student_hidden: (..., D) floating; it gets a gradient.
       teacher_hidden: (..., Dt) floating, with the same leading axes; it gets none.
-      labels: (...) integers or None: only ``ignore_index`` in it matters.
+      labels: (...) integers or None: only ``ignore_index`` in it matters. ``labels[:, t]`` is the token after
+        position t (`jaxkd.shift_labels`).
       projection: W, (Dt, D), which gets a gradient; a Flax ``Linear.kernel`` is (D, Dt): pass ``kernel.T``. None needs
         D = Dt.
       ignore_index, weights, normalizer, chunk_size: as in `distillation_loss`.

@@ -44,7 +44,8 @@ def token_log_probs(
 
     Args:
       student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`.
-      labels: (...) integers. One outside the vocabulary other than ``ignore_index`` gives NaN.
+      labels: (...) integers: ``labels[:, t]`` is the token after position t (`jaxkd.shift_labels`). One outside the
+        vocabulary other than ``ignore_index`` gives NaN.
       ignore_index: the label of a row that does not count.
       chunk_size: rows whose logits exist at a time, at most; None chooses by the width of the vocabulary.
       sharding: as in `distillation_loss`.
@@ -125,7 +126,7 @@ def sequence_log_probs(
 
     Args:
       student: hidden states (..., T, D) or logits (..., T, V).
-      labels: (..., T) integers.
+      labels: (..., T) integers: ``labels[:, t]`` is the token after position t (`jaxkd.shift_labels`).
       average: whether to divide by the number of labels that count. A sequence without one has 0, not NaN.
       ignore_index, chunk_size, sharding: as in `token_log_probs`.
 
@@ -167,7 +168,8 @@ def token_statistics(
 
     Args:
       student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`.
-      labels: (...) integers or None. One outside the vocabulary other than ``ignore_index`` gives NaN.
+      labels: (...) integers or None: ``labels[:, t]`` is the token after position t (`jaxkd.shift_labels`). One outside
+        the vocabulary other than ``ignore_index`` gives NaN.
       teacher: the same with leading axes equal to the student's and a width of its own, or None.
       divergence, temperature, vocabulary: of the soft loss, as in `distillation_loss`; the rest is untempered.
       ignore_index, chunk_size, sharding: as in `token_log_probs`.

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkd.divergences import AnyDivergence, forward_kl
 from jaxkd.kernels import Buckets, Partition, partition_by, token_ids
 from jaxkd.logits import Source, logits_dtype, take_rows
-from jaxkd.loop.checks import check_floating, check_integers, check_scalar, known_value
+from jaxkd.loop.checks import check_floating, check_scalar, check_token_ids, known_value
 
 TAILS = ("bucket", "renormalize", "zero")
 PADDING = -1
@@ -87,7 +87,7 @@ class TopKLogProbs:
         """Raises an error for what does not fit the student's tokens, the divergence or the temperature."""
         width = student.vocabulary
         check_floating(f"{name}.log_probs", self.log_probs)
-        check_integers(f"{name}.token_ids", self.token_ids)
+        check_token_ids(f"{name}.token_ids", self.token_ids)
         shape = self.log_probs.shape
         if jnp.shape(self.token_ids) != shape:
             raise ValueError(

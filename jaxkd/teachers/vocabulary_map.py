@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkd.divergences import AnyDivergence, Divergence
 from jaxkd.kernels import Buckets, Partition, buckets_of, partition_by, token_ids
 from jaxkd.logits import Source
-from jaxkd.loop.checks import check_integers, check_source, known_value
+from jaxkd.loop.checks import check_source, check_token_ids, known_value
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +81,7 @@ class VocabularyMap:
         shapes = {}
         for side, vocabulary in (("student", student.vocabulary), ("teacher", self.vocabulary)):
             ids, ids_name = getattr(self, f"{side}_ids"), f"{name}.{side}_ids"
-            check_integers(ids_name, ids)
+            check_token_ids(ids_name, ids)
             shapes[side] = jnp.shape(ids)
             known = known_value(ids)
             if known is None or not known.size:

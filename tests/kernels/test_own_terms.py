@@ -157,6 +157,25 @@ def test_a_term_is_looked_at_once():
     assert term_primitives._lacking.cache_info().misses == 1
 
 
+@pytest.mark.parametrize("name", cases.DIVERGENCES)
+def test_where_both_sides_are_closed_divergences_that_jaxkd_has_are_0(name):
+    closed = jnp.full(1, -jnp.inf)
+    divergence = cases.DIVERGENCES[name].make()
+    values = kernel_math.base_2_term_and_slope_of(divergence)(closed, closed, *map(jnp.float32, divergence.parameters))
+    assert not np.any(values)
+
+
+def test_where_both_sides_are_closed_a_term_of_ones_own_is_0_too():
+    """A block that a row does not fill holds -inf: `cos` is not 0 there, and `subtract` is no number."""
+    log2_p, log2_q = jnp.array([-jnp.inf, -jnp.inf, -1.0]), jnp.array([-jnp.inf, -2.0, -2.0])
+    for name in ("cos", "subtract", "tanh", "integer power"):
+        values = kernel_math.base_2_term_and_slope_of(divergence_of(name))(log2_p, log2_q)
+        want = divergence_of(name).term_and_slope(log2_p * np.log(2), log2_q * np.log(2))
+        for a, b in zip(values, want, strict=True):
+            assert a[0] == 0
+            np.testing.assert_allclose(a[1:], b[1:], rtol=1e-6)
+
+
 def power(p, q, exponent):
     return jnp.exp(p) * jnp.exp(q) ** exponent
 
@@ -179,4 +198,4 @@ def test_under_x64_a_float32_call_is_the_same(x64):
 def test_on_a_gpu(kernel, group, plain):
     if kernel == "mosaic" and not HAS_MOSAIC:
         pytest.skip("the Mosaic kernel is for jax 0.11 and later")
-    check_against_xla(heads(32000), kernel, sum_of(group, plain), 1e-4)
+    check_against_xla(heads(32000), kernel, sum_of(group, plain), 1e-3)  # `tanh` alone has that: 1 - tanh^2 cancels
