@@ -32,9 +32,10 @@ class Divergence:
     """A divergence of two distributions, as a pointwise term of their log-probabilities.
 
     Args:
-      term: ``term(log_p, log_q, *parameters)``, elementwise in the teacher's ``log_p`` and the student's ``log_q``. It
-        is traced inside the GPU kernel too, so it uses elementwise `jax.numpy` only. Define it at module level: it is
-        part of what `jax.jit` caches on.
+      term: ``term(log_p, log_q, *parameters)``, elementwise in the teacher's ``log_p`` and the student's ``log_q``,
+        which is checked. It is traced inside the GPU kernels too; what one of them lacks is refused by name, or runs in
+        XLA where none was named. Where both logarithms are -inf it is taken as 0. Define it at module level: it is part
+        of what `jax.jit` caches on.
       parameters: scalars handed to ``term``. They may be traced, so that a schedule drives them without recompiling.
       slope: ``d term / d log_q``, with the signature of ``term``, where a closed form is faster or safer than the one
         that `jax.jvp` derives.
@@ -57,16 +58,29 @@ class Divergence:
     slope_sum: float | None = field(default=None, metadata={"static": True})
     is_nonnegative: bool = field(default=False, metadata={"static": True})
 
+    def terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+        """The term, elementwise: 0 for a token that neither side has."""
+        return zero_where_closed(self.term, log_p, log_q, self.term(log_p, log_q, *self.parameters))
+
     def term_and_slope(self, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The term and its derivative with respect to ``log_q``, elementwise."""
         if self.slope is not None:
-            return self.term(log_p, log_q, *self.parameters), self.slope(log_p, log_q, *self.parameters)
-        return jax.jvp(lambda x: self.term(log_p, x, *self.parameters), (log_q,), (jnp.ones_like(log_q),))
+            term, slope = self.term(log_p, log_q, *self.parameters), self.slope(log_p, log_q, *self.parameters)
+        else:
+            term, slope = jax.jvp(lambda x: self.term(log_p, x, *self.parameters), (log_q,), (jnp.ones_like(log_q),))
+        return zero_where_closed(self.term, log_p, log_q, term), zero_where_closed(self.term, log_p, log_q, slope)
 
     def __call__(self, log_p: jax.Array | None = None, log_q: jax.Array | None = None) -> jax.Array:
         if log_p is None or log_q is None:
             raise TypeError(_not_to_be_called(self, "(log_p, log_q)"))
-        return jnp.sum(self.term(log_p, log_q, *self.parameters), axis=-1)
+        return jnp.sum(self.terms(log_p, log_q), axis=-1)
+
+
+def zero_where_closed(form: Callable[..., Any], log_p: jax.Array, log_q: jax.Array, x: jax.Array) -> jax.Array:
+    """``x``, and 0 where both sides are -inf, which `jaxkd`'s own forms are there by themselves."""
+    if getattr(form, "__module__", "").split(".")[0] == "jaxkd":
+        return x
+    return jnp.where(jnp.maximum(log_p, log_q) == -jnp.inf, 0, x)
 
 
 def weigh(probability: jax.Array, x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ others' in other words; what it lacks after that, `term_primitives` knows.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxkd.divergences import Divergence
+from jaxkd.divergences.declaration import zero_where_closed
 from jaxkd.divergences.sums_over_tokens import LN2
 from jaxkd.loop.traced import CALLS, called, live_equations
 
@@ -95,22 +96,15 @@ def base_2_term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.
 
     Both are 0 where both logarithms are -inf, which is what fills a row up to whole blocks.
     """
-    term_and_slope = term_and_slope_of(divergence)
-    if divergence.kernel_form is None:
-        base_2 = lambda p, q, *parameters: term_and_slope(p * LN2, q * LN2, *parameters)  # noqa: E731
-    else:
-        base_2 = with_kernel_math(divergence.kernel_form)
-    form = divergence.kernel_form or divergence.term
-    is_ours = getattr(form, "__module__", "").split(".")[0] == "jaxkd"  # these have it by their form
-    return base_2 if is_ours else partial(_zero_where_closed, base_2)
+    form = divergence.kernel_form
+    if form is None:
+        term_and_slope = term_and_slope_of(divergence)
+        return lambda p, q, *parameters: term_and_slope(p * LN2, q * LN2, *parameters)
 
+    def term_and_slope_of_form(p: jax.Array, q: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(zero_where_closed(form, p, q, x) for x in form(p, q, *parameters))
 
-def _zero_where_closed(
-    term_and_slope: Callable[..., tuple[jax.Array, jax.Array]], p: jax.Array, q: jax.Array, *parameters: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    is_closed = jnp.maximum(p, q) == -jnp.inf
-    term, slope = term_and_slope(p, q, *parameters)
-    return jnp.where(is_closed, 0.0, term), jnp.where(is_closed, 0.0, slope)
+    return with_kernel_math(term_and_slope_of_form)
 
 
 def _evaluate_without_repetition(closed: ClosedJaxpr, known: dict[Any, Any], *arguments: Any) -> list[Any]:

@@ -36,7 +36,7 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
         z_q, z_p = z_q / rows.temperature, z_p / rows.temperature
     log_q, log_p = log_softmax(z_q, axes), log_softmax(z_p, axes)
     if options.gradient_dtype is None:
-        term, slope = rows.divergence.term(log_p, log_q, *rows.divergence.parameters), None
+        term, slope = rows.divergence.terms(log_p, log_q), None
     else:
         term, slope = rows.divergence.term_and_slope(log_p, log_q)
     soft = psum(jnp.sum(term, axis=1), axes)

@@ -123,8 +123,8 @@ def _hidden_loss(
     sharding: Sharding | None,
 ) -> tuple[jax.Array, Metrics]:
     _check_hidden(student_hidden, teacher_hidden, projection)
+    check_integer("ignore_index", ignore_index)
     if labels is not None:
-        check_integer("ignore_index", ignore_index)
         check_labels(labels, jnp.shape(student_hidden)[:-1], "student_hidden")
         labels = jnp.where(jnp.asarray(labels) == ignore_index, -100, 0)
 
