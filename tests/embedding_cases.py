@@ -6,9 +6,9 @@ from functools import cache, cached_property, partial
 import cases
 import jax
 import numpy as np
+from quick_programs import QUICK
 
 from jaxkd import embedding
-from tests.quick_programs import QUICK
 
 B, D, K = 23, 7, 2
 LABELS = np.random.default_rng(1).integers(4, size=B)

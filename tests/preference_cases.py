@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from quick_programs import QUICK
 
 import jaxkd
 from jaxkd import preference
-from tests.quick_programs import QUICK
 
 B, T = 8, 9
 

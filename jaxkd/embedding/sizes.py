@@ -76,9 +76,18 @@ def matryoshka(
         losses, metrics = [], Metrics()
         for dim, factor in zip(dims, factors, strict=True):
             args, kwargs = jax.tree.map(partial(cut, dim=dim), (arguments, options))
-            value, parts = loss(*args, **kwargs)
+            value, parts = _checked(loss(*args, **kwargs))
             losses.append(factor * value)
             metrics |= {f"{name}_{dim}": x for name, x in {"loss": value, **parts}.items()}
         return sum(losses[1:], losses[0]), metrics_of(metrics)
 
     return total_loss
+
+
+def _checked(result: Any) -> tuple[jax.Array, Metrics]:
+    """What a loss that was handed in returned, if it is what a loss returns."""
+    is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+    if not is_pair or jnp.shape(result[0]) != ():
+        what = f"a loss of shape {jnp.shape(result[0])}" if is_pair else f"a {type(result).__name__}"
+        raise TypeError(f"`loss` returns {what}; give a function that returns (loss, metrics), a scalar and a dict")
+    return result

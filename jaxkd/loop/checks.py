@@ -145,6 +145,12 @@ def check_scalar(name: str, value: Any, above: float | None = None, at_least: fl
         raise ValueError(f"`{name}` is {known:g}; give a number of at least {at_least:g}")
 
 
+def sound_temperature(temperature: Any, dtype: Any) -> jax.Array:
+    """``temperature``, and NaN for a traced one that is not above 0: it cannot be refused."""
+    sound = jnp.asarray(temperature, dtype)
+    return jnp.where(sound > 0, sound, jnp.nan) if known_value(temperature) is None else sound
+
+
 def check_row_arguments(
     student: Source,
     name: str,

@@ -20,7 +20,7 @@ from jaxkd.loop.checks import (
     check_source,
     check_vocabulary,
     check_widths,
-    known_value,
+    sound_temperature,
 )
 from jaxkd.loop.flattening import check_sources, flat_sources, on_auto_axes, splits_vocabulary
 from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
@@ -242,12 +242,6 @@ class _Arguments:
         )
 
 
-def _sound_temperature(temperature: Any, dtype: Any) -> jax.Array:
-    """NaN, and with it the loss, for a traced one that is not above 0: it cannot be refused."""
-    sound = jnp.asarray(temperature, dtype)
-    return jnp.where(sound > 0, sound, jnp.nan) if known_value(temperature) is None else sound
-
-
 def _is(value: Any, number: int) -> bool:
     """Whether it is a Python number, and this one: then it is known whatever is traced."""
     return isinstance(value, (int, float)) and value == number
@@ -310,7 +304,7 @@ def _loss_of_arrays(
         label_weights=rows.label_weights,
         soft_weight=jnp.asarray(arguments.soft_weight, dtype),
         hard_weight=jnp.asarray(arguments.hard_weight, dtype),
-        temperature=_sound_temperature(arguments.temperature, dtype),
+        temperature=sound_temperature(arguments.temperature, dtype),
         divergence=divergence,
         row_losses=row_losses_for(arguments.implementation, chunk, divergence, in_buckets=teacher.IN_BUCKETS),
         options=options,

@@ -21,6 +21,7 @@ from jaxkd.loop.checks import (
     check_source,
     check_vocabulary,
     check_widths,
+    sound_temperature,
 )
 from jaxkd.loop.collectives import psum
 from jaxkd.loop.flattening import check_sources, flat_sources, on_auto_axes, with_leading_axes
@@ -236,7 +237,7 @@ def _statistics_of_arrays(
         weights=rows.weights,
         teachers=teachers,
         divergence=jax.tree.map(lambda x: jnp.asarray(x, student.dtype), divergence),
-        temperature=jnp.asarray(temperature, student.dtype),
+        temperature=sound_temperature(temperature, student.dtype),
         vocabulary=vocabulary,
         shards=shards,
     )

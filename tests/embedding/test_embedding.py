@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from tests.embedding_cases import (
+from embedding_cases import (
     CASES,
     ONE_OF_EACH,
     WEIGHTS,
@@ -18,7 +17,7 @@ from tests.embedding_cases import (
     difference_quotients,
     exact_gradients,
 )
-from tests.quick_programs import QUICK
+from quick_programs import QUICK
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

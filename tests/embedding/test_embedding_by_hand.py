@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from embedding_cases import CASES, GRADES, B, D, batch, difference_quotients, triplet
+from quick_programs import at_once
 
 from jaxkd import embedding
-from tests.embedding_cases import CASES, GRADES, B, D, batch, difference_quotients, triplet
-from tests.quick_programs import at_once
 
 
 def quickly(function, *args, **options):
@@ -134,3 +134,12 @@ def test_matryoshka_of_cosines_needs_no_normalization():
     functions = [embedding.matryoshka(embedding.info_nce, (D, 2), normalize=n) for n in (0, 1)]
     losses = [quickly(function, anchors, positives)[0] for function in functions]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "what"),
+    [(lambda a, b: jnp.sum(a * b), "a "), (lambda a, b: (jnp.sum(a * b, axis=1), {}), r"a loss of shape \(2,\)")],
+)
+def test_matryoshka_wants_a_loss(loss, what):
+    with pytest.raises(TypeError, match=f"`loss` returns {what}.*a scalar and a dict"):
+        embedding.matryoshka(loss, (2,))(jnp.eye(2), jnp.eye(2))

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from embedding_cases import CASES, MATRYOSHKA, ONE_OF_EACH, WEIGHTS, B, batch, check, exact_gradients
+from quick_programs import QUICK
 
 from jaxkd import embedding
-from tests.embedding_cases import CASES, MATRYOSHKA, ONE_OF_EACH, WEIGHTS, B, batch, check, exact_gradients
-from tests.quick_programs import QUICK
 
 ALL = CASES | MATRYOSHKA
 every_loss = pytest.mark.parametrize("name", ALL)

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from tests.preference_cases import CASES, ONE_OF_EACH_KIND, TOKENS, B, cast, evaluate_all
-from tests.quick_programs import QUICK
+from preference_cases import CASES, ONE_OF_EACH_KIND, TOKENS, B, cast, evaluate_all
+from quick_programs import QUICK
 
 WEIGHTS = np.array([1.0, 0.0, 2.0, 0.5, 0.0, 1.5, 1.0, 0.0])
 INPUTS = {name: case.inputs for name, case in CASES.items()}

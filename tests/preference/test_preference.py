@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from preference_cases import CASES, ONE_OF_EACH_KIND, PAIRED, WITH_BASELINE, B, cast, evaluate_all
+from quick_programs import QUICK
 
 from jaxkd import preference
-from tests.preference_cases import CASES, ONE_OF_EACH_KIND, PAIRED, WITH_BASELINE, B, cast, evaluate_all
-from tests.quick_programs import QUICK
 
 WEIGHTS = np.array([1.0, 0.0, 2.0, 0.5, 0.0, 1.5, 1.0, 0.0])
 INPUTS = {name: case.inputs for name, case in CASES.items()}

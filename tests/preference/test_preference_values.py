@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from preference_deviations import DEVIATIONS, PAIRS, cost, s
+from quick_programs import at_once
 
 import jaxkd
 from jaxkd import preference
 from jaxkd.preference import f_po
-from tests.quick_programs import at_once
 
 
 def kl(p, q):

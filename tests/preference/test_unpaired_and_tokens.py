@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from preference_deviations import ANSWERS, IS_DESIRABLE, cost, s
+from quick_programs import QUICK, at_once
 
 from jaxkd import preference
-from tests.quick_programs import QUICK, at_once
 
 UNPAIRED = {
     "kto": ({"desirable_weight": 2.0}, 2 * s(-5 / 6), s(-1 / 6), 2 * s(4 / 6)),

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from preference_cases import CASES
 from preference_deviations import DEVIATIONS
-
-from tests.preference_cases import CASES
 
 BETA = 0.3
 LIGER_DPO = {

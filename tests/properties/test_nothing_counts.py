@@ -1,0 +1,156 @@
+"""Losses of rows where nothing counts, or where what does not count holds NaN: every loss, eager and jitted.
+
+The tables of preference and embedding losses are `test_nothing_preferred.py` and `test_nothing_compared.py`.
+"""
+
+from functools import partial
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkd
+
+N, D, D_TEACHER, V, K = 6, 8, 12, 19, 4
+TRAINED = ("hidden", "weight")
+
+
+def arrays(rows=N):
+    rng = np.random.default_rng(0)
+    student = cases.head(0, rows, D, V).astype(jnp.float32)
+    teacher = cases.head(1, rows, D_TEACHER, V).astype(jnp.float32)
+    return {
+        "hidden": student.hidden,
+        "weight": student.weight,
+        "teacher_hidden": teacher.hidden,
+        "teacher_weight": teacher.weight,
+        "top": jnp.asarray(np.log(np.full((rows, K), 0.2)), jnp.float32),
+        "ids": jnp.asarray(np.argsort(rng.random((rows, V)), axis=1)[:, :K], jnp.int32),
+        "labels": jnp.asarray(rng.integers(0, V, rows), jnp.int32),
+        "weights": jnp.ones(rows),
+    }
+
+
+def student_of(x):
+    return jaxkd.LinearLogits(x["hidden"], x["weight"])
+
+
+def teacher_of(x):
+    return jaxkd.LinearLogits(x["teacher_hidden"], x["teacher_weight"])
+
+
+def distillation(x, teacher=teacher_of, **options):
+    options = {"weights": x["weights"], "hard_weight": 0.5, "chunk_size": 2} | options
+    return jaxkd.distillation_loss(student_of(x), teacher(x), x["labels"], **options)
+
+
+def masked(x, **options):
+    return distillation(x, mask=x["labels"] != -100, **options)
+
+
+def top_k(x):
+    return jaxkd.TopKLogProbs(x["top"], x["ids"])
+
+
+def mixed(x):
+    return jaxkd.Mixture([teacher_of(x), teacher_of(x)])
+
+
+def shared(x):
+    return jaxkd.VocabularyMap(teacher_of(x), jnp.arange(5), jnp.arange(5))
+
+
+def log_probs(x, normalizer=None):
+    values = jaxkd.token_log_probs(student_of(x), x["labels"], chunk_size=2)
+    average = jaxkd.sequence_log_probs(student_of(x), x["labels"], average=True)
+    return jnp.sum(x["weights"] * values), {"sequence": average}
+
+
+def statistics(x, normalizer=None):
+    values = jaxkd.token_statistics(student_of(x), x["labels"], teacher_of(x), chunk_size=2)
+    return jnp.sum(values["soft"]), {name: jnp.sum(v) for name, v in values.items() if name != "top"}
+
+
+def squares(logits, labels, per_row, shared):
+    value = jnp.mean((logits - per_row) ** 2, axis=1)
+    return value, {"twice": 2 * value}
+
+
+def own(x, **options):
+    options |= {"weights": x["weights"], "chunk_size": 2}
+    return jaxkd.chunked_loss(squares, student_of(x), x["labels"], per_row=teacher_of(x), **options)
+
+
+def hidden(loss, x, **options):
+    options |= {"weights": x["weights"], "chunk_size": 2}
+    return loss(x["hidden"], x["teacher_hidden"], x["labels"], projection=jnp.ones((D_TEACHER, D)), **options)
+
+
+LOSSES = {
+    "forward_kl": distillation,
+    "jensen_shannon": partial(distillation, divergence=jaxkd.jensen_shannon()),
+    "mask": masked,
+    "cosine_distance": partial(distillation, divergence=jaxkd.cosine_distance),
+    "earth_mover": partial(distillation, divergence=jaxkd.earth_mover),
+    "top_k": partial(distillation, teacher=top_k),
+    "mixture": partial(distillation, teacher=mixed),
+    "vocabulary_map": partial(distillation, teacher=shared),
+    "log_probs": log_probs,
+    "statistics": statistics,
+    "chunked_loss": own,
+    "hidden_cosine": partial(hidden, jaxkd.hidden_cosine),
+    "hidden_mse": partial(hidden, jaxkd.hidden_mse),
+}
+NOTHING = {
+    "no rows": lambda: (arrays(0), {}),
+    "no label counts": lambda: (arrays() | {"labels": jnp.full(N, -100)}, {}),
+    "all weights 0": lambda: (arrays() | {"weights": jnp.zeros(N)}, {}),
+    "empty micro-batch": lambda: (arrays() | {"labels": jnp.full(N, -100)}, {"normalizer": 0.0}),
+}
+
+
+def value_and_gradients(loss, x, **options):
+    def of(trained):
+        return loss(x | trained, **options)
+
+    return jax.value_and_grad(of, has_aux=True)({name: x[name] for name in TRAINED})
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("situation", NOTHING)
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_counts(name, situation, jitted):
+    """Loss, metrics and gradients are 0, never NaN, even where all that there is is NaN."""
+    x, options = NOTHING[situation]()
+    if name in ("log_probs", "statistics"):  # one number a row, which no weight masks
+        if situation == "all weights 0":
+            return
+        options = {}
+    x |= {key: jnp.full_like(x[key], jnp.nan) for key in ("hidden", "teacher_hidden", "top")}
+    function = partial(value_and_gradients, LOSSES[name], **options)
+    (loss, metrics), gradients = (jax.jit(function) if jitted else function)(x)
+    assert loss == 0
+    assert all(jnp.all(v == 0) for key, v in metrics.items() if key != "num_rows")
+    assert all(jnp.all(g == 0) for g in gradients.values())
+    expected = N if situation == "all weights 0" else 0
+    assert metrics.get("num_rows", expected) == expected
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("name", LOSSES)
+def test_dead_rows_add_nothing(name, bad):
+    """The same numbers, bit for bit, as with finite rows in their place."""
+    x = arrays()
+    dead = jnp.arange(N) % 3 == 1
+    x["labels"] = jnp.where(dead, -100, x["labels"])
+
+    def with_rows(value):
+        return {k: jnp.where(dead[:, None], value, x[k]) for k in ("hidden", "teacher_hidden", "top")}
+
+    function = jax.jit(partial(value_and_gradients, LOSSES[name]))
+    clean, dirty = function(x | with_rows(0.0)), function(x | with_rows(bad))
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.isfinite(a).all()
