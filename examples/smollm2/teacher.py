@@ -99,7 +99,7 @@ def open_teacher(name, cache, *, dtype=torch.float32, device="cpu", say=print):
         if config.rope_parameters["rope_type"] != "default":
             raise TeacherError(f"the teacher {name} scales its rotary positions, which the student here does not")
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TeacherError(f"cannot open the teacher {name or GGUF_NAME}: {reason}") from error
