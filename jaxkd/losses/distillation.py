@@ -20,6 +20,7 @@ from jaxkd.loop.checks import (
     check_source,
     check_vocabulary,
     check_widths,
+    known_value,
     sound_temperature,
 )
 from jaxkd.loop.flattening import check_sources, flat_sources, on_auto_axes, splits_vocabulary
