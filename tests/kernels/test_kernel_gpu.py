@@ -235,13 +235,13 @@ def test_mosaic_says_why_it_cannot(widths, reason):
     needs_hopper()
     student, teacher = heads(widths[0], jnp.float32, teacher_width=widths[1])
     with pytest.raises(ValueError, match=f"mosaic.*{reason}"):
-        jaxkd.distillation_loss(student, teacher, implementation="mosaic")
+        jaxkd.distillation_loss(student, teacher, implementation="mosaic", vocabulary="truncate")
 
 
 @pytest.mark.parametrize("pieces", [1, 4])
 def test_memory_is_that_of_a_chunk(kernel, pieces, monkeypatch):
-    rows, width, hidden, chunk_size = 4096, 32000, 256, 256
-    monkeypatch.setattr(chunk_size, "PIECE_BYTES", chunk_size // pieces * width * 2 * 4)
+    rows, width, hidden, size = 4096, 32000, 256, 256
+    monkeypatch.setattr(chunk_size, "PIECE_BYTES", size // pieces * width * 2 * 4)
     student, teacher = (
         jaxkd.LinearLogits(
             jax.ShapeDtypeStruct((rows, hidden), jnp.bfloat16), jax.ShapeDtypeStruct((width, hidden), jnp.bfloat16)
@@ -250,9 +250,9 @@ def test_memory_is_that_of_a_chunk(kernel, pieces, monkeypatch):
     )
 
     def loss(student, teacher):
-        return jaxkd.distillation_loss(student, teacher, chunk_size=chunk_size, implementation=kernel)[0]
+        return jaxkd.distillation_loss(student, teacher, chunk_size=size, implementation=kernel)[0]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(student, teacher).compile()
-    chunk = chunk_size * width * ((4 + 4) // pieces + 2)  # two float32 logits, one bfloat16 gradient
+    chunk = size * width * ((4 + 4) // pieces + 2)  # two float32 logits, one bfloat16 gradient
     head = 4 * width * hidden
     assert compiled.memory_analysis().temp_size_in_bytes <= 1.5 * chunk + 2 * head
