@@ -169,6 +169,7 @@ TRACED = {
 }
 
 
+@pytest.mark.optimized  # to 1e-6, of a gradient that cancels
 @pytest.mark.parametrize("name", TRACED)
 def test_traced_option(name):
     """A schedule: new values, no new compilation, the numbers of a constant."""
