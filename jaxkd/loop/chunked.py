@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Float, Int
 
@@ -52,21 +53,23 @@ def sum_rows(loss: RowLoss, student: Source, is_counted: Counted, normalizer: Fl
     not count is never read. Memory beyond inputs and gradients is that of one chunk. Over more than one device, the
     ``plan`` says what of the arrays each of them has.
     """
-    return _sum_rows_compiled(plan, is_counted, loss, student, normalizer)
+    return _sum_rows_compiled(plan, PROBE, is_counted, loss, student, normalizer)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_rows(plan: Plan, is_counted: Counted, loss: Any, student: Any, normalizer: Float[Array, ""]) -> Sums:
+def _sum_rows(
+    plan: Plan, probe: Any, is_counted: Counted, loss: Any, student: Any, normalizer: Float[Array, ""]
+) -> Sums:
     sums, _ = _loop_on_mesh(plan, is_counted, loss, student, normalizer, wanted=frozenset())
     return sums
 
 
 def _sum_rows_forward(plan: Plan, *arguments: Any) -> tuple[Sums, Any]:
-    is_counted, loss, student, normalizer = custom_vjp_primal_tree_values(arguments)
-    for name, argument in (("loss", arguments[1]), ("normalizer", arguments[3])):
-        _reject_gradient(name, argument)
+    _, is_counted, loss, student, normalizer = custom_vjp_primal_tree_values(arguments)
+    probe, _, *constants = arguments
+    _reject_gradient(probe, loss=constants[0], normalizer=constants[2])
     check_differentiable(plan.partitioning)
-    sums, gradients = _loop_on_mesh(plan, is_counted, loss, student, normalizer, wanted=_perturbed(arguments[2]))
+    sums, gradients = _loop_on_mesh(plan, is_counted, loss, student, normalizer, wanted=_perturbed(constants[1]))
     # With each gradient goes an empty array of its primal's type, all that the backward pass needs of the primal. A
     # field that was not wanted has an empty gradient: JAX expects the same tree whichever fields are differentiated.
     residuals = {
@@ -83,7 +86,7 @@ def _nothing(field: Any) -> Any:
 def _sum_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -> tuple[Any, ...]:
     upstream = cotangents["loss"]
     if isinstance(upstream, SymbolicZero):
-        return None, None, None, None
+        return None, None, None, None, None
 
     def finished(gradient: jax.Array, primal: jax.Array) -> jax.Array | None:
         wanted = gradient.shape != (0,)
@@ -91,7 +94,7 @@ def _sum_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
 
     fields = {name: jax.tree.map(finished, *entry) for name, entry in vars(residuals).items()}
     gradients = {name: _gathered(plan, residuals, name, x) for name, x in fields.items()}
-    return None, None, replace(residuals, **gradients), None
+    return None, None, None, replace(residuals, **gradients), None
 
 
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward, symbolic_zeros=True)
@@ -106,29 +109,30 @@ def map_rows(loss: WeightedRowLoss, student: Source, is_counted: Counted, plan: 
 
     Differentiable and read as in `sum_rows`; memory is the same, in the backward pass too: no chunk is kept for it.
     """
-    return _map_rows_compiled(plan, is_counted, loss, student)
+    return _map_rows_compiled(plan, PROBE, is_counted, loss, student)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _map_rows(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
+def _map_rows(plan: Plan, probe: Any, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
     rows = spec(plan.partitioning, (ROWS,))
     return _on_mesh(plan, partial(_values, plan), dict.fromkeys(loss.names, rows), is_counted, loss, student)
 
 
 def _map_rows_forward(plan: Plan, *arguments: Any) -> tuple[dict[str, jax.Array], Any]:
-    is_counted, loss, student = primals = custom_vjp_primal_tree_values(arguments)
-    _reject_gradient("loss", arguments[1])
+    primals = custom_vjp_primal_tree_values(arguments)
+    probe, _, loss, student = arguments
+    _reject_gradient(probe, loss=loss)
     check_differentiable(plan.partitioning)
     # An empty array marks a field that is not wanted, for the reason above.
-    marks = {name: jnp.zeros((int(name in _perturbed(arguments[2])),)) for name in vars(student)}
-    return _map_rows(plan, is_counted, loss, student), (primals, marks)
+    marks = {name: jnp.zeros((int(name in _perturbed(student)),)) for name in vars(student)}
+    return _map_rows(plan, *primals), (primals, marks)
 
 
 def _map_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -> tuple[Any, ...]:
-    (is_counted, loss, student), marks = residuals
+    (_, is_counted, loss, student), marks = residuals
     upstream = cotangents["loss"]
     if isinstance(upstream, SymbolicZero):
-        return None, None, None
+        return None, None, None, None
     wanted = frozenset(name for name, mark in marks.items() if mark.size)
     one = jnp.ones((), student.dtype)
     _, gradients = _loop_on_mesh(plan, is_counted, loss.weighted(upstream), student, one, wanted)
@@ -140,7 +144,7 @@ def _map_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
         name: jax.tree.map(finished, gradients[name], x) if name in wanted else None
         for name, x in vars(student).items()
     }
-    return None, None, replace(student, **{name: _gathered(plan, student, name, x) for name, x in fields.items()})
+    return None, None, None, replace(student, **{name: _gathered(plan, student, name, x) for name, x in fields.items()})
 
 
 def _gathered(plan: Plan, student: Any, name: str, field: Any) -> Any:
@@ -274,7 +278,9 @@ def _order(num_rows: int, is_counted: Counted, chunk_size: int) -> tuple[Int[Arr
     return num_counted, order
 
 
-# What is differentiated.
+# What is differentiated. Nothing is with respect to an integer, unless everything is said to be: `jax.checkpoint` does
+# that with the configurations `jax_custom_vjp3` and `jax_remat3` together.
+PROBE = np.zeros((), np.int32)
 
 
 def _perturbed(student: Any) -> frozenset[str]:
@@ -286,12 +292,14 @@ def _perturbed(student: Any) -> frozenset[str]:
     return frozenset(name for name, field in vars(student).items() if is_perturbed(field))
 
 
-def _reject_gradient(name: str, argument: Any) -> None:
+def _reject_gradient(probe: CustomVJPPrimal, **constants: Any) -> None:
     """An error for a differentiated argument that is a constant here: silence would train on a wrong gradient."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(argument, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
-    for path, leaf in leaves:
+    if probe.perturbed:
+        return
+    leaves, _ = jax.tree_util.tree_flatten_with_path(constants, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+    for (argument, *path), leaf in leaves:
         if leaf.perturbed and jnp.issubdtype(jnp.result_type(leaf.value), jnp.inexact):
-            name = jax.tree_util.keystr(path).lstrip(".") or name
+            name = jax.tree_util.keystr(tuple(path)).lstrip(".") or argument.key
             raise TypeError(
                 f"jaxkd does not differentiate with respect to `{name}`: pass `jax.lax.stop_gradient({name})`, "
                 "or leave it out of the arguments of jax.grad"
