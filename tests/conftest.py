@@ -97,6 +97,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+    # Those that are compiled otherwise come together: nothing that was compiled before serves them.
+    items.sort(key=lambda item: item.get_closest_marker("optimized") is not None)
     # Slow tests run where they are asked for: by an expression of markers, or by name.
     if not config.option.markexpr and not any("::" in argument for argument in config.args):
         slow = [item for item in items if item.get_closest_marker("slow")]

@@ -75,8 +75,14 @@ def placed(x, mesh):
     return {name: jax.device_put(v, NamedSharding(mesh, P("data") if v.ndim else P())) for name, v in x.items()}
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit", "own shard_map"])
-@pytest.mark.parametrize("name", LOSSES)
+def table():
+    """Every third is what stays when slow tests are left out: each loss, each kind of mesh."""
+    for i, name in enumerate(LOSSES):
+        for k, kind in enumerate(("Auto", "Explicit", "own shard_map")):
+            yield pytest.param(name, kind, marks=[pytest.mark.slow] if (i + k) % 3 else [])
+
+
+@pytest.mark.parametrize(("name", "kind"), list(table()))
 def test_layouts(name, kind):
     x = arrays() | {"scale": jnp.asarray(3.0)}
     loss, mesh = LOSSES[name], mesh_of(AxisType.Explicit if kind == "Explicit" else AxisType.Auto)

@@ -50,6 +50,7 @@ def test_evenly_spaced_keeps_both_ends():
     assert evenly_spaced(30, 12)[-1] == 29
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_smollm2_is_reproduced_on_real_text(monkeypatch):
     # Most of the time, else: config, tokenizer and model each read the file's 98000 strings, and each module its names.

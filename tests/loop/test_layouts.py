@@ -30,7 +30,7 @@ def arrays():
     labels.reshape(-1)[labels.size // 3 :: 2] = -100
     rng = np.random.default_rng(3)
     weights = rng.uniform(0.5, 2.0, (B, T)).astype(np.float32)
-    upstream = rng.normal(size=(B, T)).astype(np.float32)
+    upstream = rng.uniform(0.5, 2.0, (B, T)).astype(np.float32)
     return {
         "hidden": student.hidden,
         "weight": student.weight,

@@ -54,6 +54,7 @@ def test_two_processes():
         assert output.count("equal") == 3
 
 
+@pytest.mark.slow
 def test_example():
     pytest.importorskip("flax")
     output = finish(start(["-m", "examples.distill_sharded", "--steps", "3"], EIGHT_DEVICES))

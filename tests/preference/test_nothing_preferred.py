@@ -13,6 +13,11 @@ from quick_programs import QUICK
 WEIGHTS = np.array([1.0, 0.0, 2.0, 0.5, 0.0, 1.5, 1.0, 0.0])
 INPUTS = {name: case.inputs for name, case in CASES.items()}
 is_jitted = pytest.mark.parametrize("is_jitted", [False, True], ids=["eager", "jit"])
+EAGERLY = [
+    pytest.param(False, ONE_OF_EACH_KIND, id="eager"),
+    pytest.param(False, CASES, id="all eager", marks=pytest.mark.slow),
+]
+of_names = pytest.mark.parametrize(("is_jitted", "names"), [*EAGERLY, pytest.param(True, CASES, id="jit")])
 
 
 def evaluate(is_jitted, inputs, weights, options=None, names=tuple(CASES)):
@@ -31,37 +36,36 @@ def is_zero(result):
     return loss == 0 and all(x == 0 for x in metrics.values()) and not any(np.any(x) for x in gradients.values())
 
 
-@is_jitted
-def test_rows_of_weight_0(is_jitted):
+@of_names
+def test_rows_of_weight_0(is_jitted, names):
     """The losses, metrics and gradients are those of clean inputs to the last bit."""
     poisoned = {name: case.poisoned(WEIGHTS == 0) for name, case in CASES.items()}
-    results, clean = (evaluate(is_jitted, inputs, WEIGHTS) for inputs in (poisoned, INPUTS))
+    results, clean = (evaluate(is_jitted, inputs, WEIGHTS, names=names) for inputs in (poisoned, INPUTS))
     for name, result in results.items():
         jax.tree.map(lambda x, y, name=name: np.testing.assert_array_equal(x, y, name), result, clean[name])
         assert np.isfinite(result[0][0]), name
         assert not any(np.any(x[WEIGHTS == 0]) for x in result[1].values()), name
 
 
-@is_jitted
-def test_no_row_counts(is_jitted):
+@of_names
+def test_no_row_counts(is_jitted, names):
     poisoned = {name: case.poisoned(slice(None)) for name, case in CASES.items()}
-    for name, result in evaluate(is_jitted, poisoned, np.zeros(B)).items():
+    for name, result in evaluate(is_jitted, poisoned, np.zeros(B), names=names).items():
         assert is_zero(result), name
 
 
-@is_jitted
-def test_no_rows(is_jitted):
+@of_names
+def test_no_rows(is_jitted, names):
     empty = {name: {k: x[:0] for k, x in inputs.items()} for name, inputs in INPUTS.items()}
-    names = CASES if is_jitted else ONE_OF_EACH_KIND
     for name, result in evaluate(is_jitted, empty, np.zeros(0), names=names).items():
         assert is_zero(result), name
 
 
-@is_jitted
-def test_an_empty_micro_batch(is_jitted):
+@of_names
+def test_an_empty_micro_batch(is_jitted, names):
     """A normalizer of 0 gives a loss, metrics and gradients of 0, not an error that only a known number raises."""
     divisors = {name: dict.fromkeys(case.whole, 0.0) for name, case in CASES.items()}
-    for name, result in evaluate(is_jitted, INPUTS, np.zeros(B), divisors).items():
+    for name, result in evaluate(is_jitted, INPUTS, np.zeros(B), divisors, names).items():
         assert is_zero(result), name
 
 

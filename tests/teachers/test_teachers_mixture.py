@@ -35,7 +35,7 @@ def run(teachers, shares=None, labels=LABELS, student=STUDENT, dtype=jnp.float32
     return loss_and_gradient(student.astype(dtype), teacher, labels, **options)
 
 
-@partial(jax.jit, static_argnames=("implementation", "sharding"))
+@partial(jax.jit, static_argnames=("implementation", "sharding", "vocabulary"))
 def loss_and_gradient(student, teacher, labels, **options):
     """((loss, metrics), gradient to the student), with all numbers traced: one program for many tests."""
     return jax.value_and_grad(jaxkd.distillation_loss, has_aux=True)(
