@@ -88,8 +88,9 @@ def distillation_loss(
         vocabularies.
       implementation: "mosaic" (the kernel for Hopper GPUs), "triton" (the kernel for CUDA GPUs), "xla", or None for the
         first of these that can run the call.
-      sharding: a `Sharding` that says which axes of a device mesh hold the rows and the vocabulary, or None for one
-        device. ``chunk_size`` then counts the rows of each device.
+      sharding: a `Sharding` that says which axes of a device mesh hold the rows and the vocabulary; None is one device,
+        or on Explicit mesh axes what the types of the student's arrays say. ``chunk_size`` then counts the rows of each
+        device.
 
     Temperature, weights, normalizer and the divergence's parameter may be traced. They are constants to
     differentiation: asking for their gradient raises an error.

@@ -212,6 +212,37 @@ def test_layouts(name, layout, kind):
     assert_same(got, on_one_device(name))
 
 
+@pytest.mark.parametrize("name", SUMS | WHOLE)
+def test_a_shard_map_that_says_nothing(name):
+    """Without `sharding` in the caller's shard_map each device has the loss of its own rows, and gradients exist."""
+    loss, x, mesh = (SUMS | WHOLE)[name], arrays(), mesh_of((2,), ("data",), AxisType.Auto)
+    of_rows = {key: P("data") if v.shape[:2] == (B, T) else P() for key, v in x.items()}
+
+    def total(x, sum_over_devices):
+        def scalar(trained):
+            return sum_over_devices(loss(x | trained, lambda v: v, chunk_size=CHUNK)[0])
+
+        return jax.value_and_grad(scalar)({key: x[key] for key in DIFFERENTIATED})
+
+    out_specs = P(), {key: of_rows[key] for key in DIFFERENTIATED}
+    mapped = jax.shard_map(
+        partial(total, sum_over_devices=lambda v: jax.lax.psum(v, "data")),
+        mesh=mesh,
+        in_specs=(of_rows,),
+        out_specs=out_specs,
+    )
+    value, gradients = jax.jit(mapped)(x)
+    alone = jax.jit(partial(total, sum_over_devices=lambda v: v))
+    halves = [
+        alone({k: v[i : i + B // 2] if of_rows[k] == P("data") else v for k, v in x.items()}) for i in (0, B // 2)
+    ]
+    np.testing.assert_allclose(value, halves[0][0] + halves[1][0], rtol=1e-5, atol=1e-6)
+    for key, got in gradients.items():
+        parts = [half[1][key] for half in halves]
+        want = jnp.concatenate(parts) if of_rows[key] == P("data") else parts[0] + parts[1]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(want))) + 1e-9, err_msg=key)
+
+
 @pytest.mark.optimized
 @pytest.mark.parametrize(("name", "layout"), [(n, "rows") for n in SUMS | WHOLE] + [(n, "vocabulary") for n in SUMS])
 def test_work_is_shared(name, layout):
