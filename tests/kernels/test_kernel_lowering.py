@@ -200,7 +200,7 @@ def test_transforms_keep_the_kernel(transform, in_pieces, kernel, monkeypatch):
 )
 def test_mosaic_says_why_it_cannot(options, reason):
     with pytest.raises(ValueError, match=f"mosaic.*{reason}"):
-        lowered("jensen_shannon", implementation="mosaic", **options)
+        lowered("jensen_shannon", implementation="mosaic", vocabulary="truncate", **options)
 
 
 @needs_mosaic
