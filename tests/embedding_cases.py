@@ -158,6 +158,7 @@ MATRYOSHKA = {
 
 def difference_quotients(function, inputs, step=1e-5):
     """Central differences in float64, entry by entry."""
+    inputs = [x.copy() for x in inputs]  # JAX may still be reading the caller's: it copies no array on a CPU
     gradients = [np.zeros_like(x) for x in inputs]
     for x, gradient in zip(inputs, gradients, strict=True):
         for index in np.ndindex(x.shape):
