@@ -12,7 +12,6 @@ from jaxkd.kernels.dispatch import CannotRun as CannotRun
 from jaxkd.kernels.dispatch import Chunk as Chunk
 from jaxkd.kernels.dispatch import row_losses_for as row_losses_for
 from jaxkd.kernels.dispatch import xla_row_losses as xla_row_losses
-from jaxkd.kernels.reference import at_label as at_label
 from jaxkd.kernels.signature import ChunkRows as ChunkRows
 from jaxkd.kernels.signature import RowLosses as RowLosses
 from jaxkd.kernels.signature import RowOptions as RowOptions

@@ -76,9 +76,7 @@ def warp_reduce(x: jax.Array, combine: Callable[..., Any]) -> jax.Array:
 def repeat_in_thread(x: jax.Array) -> jax.Array:
     """A thread value as an array of `STEP`: each thread repeats its own."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(ONE_A_THREAD,), return_type=plgpu.ShapeDtypeStruct((STEP,), jnp.float32, layout=STRIDED)
-    )
+    @plgpu.inline_mgpu(arg_types=(ONE_A_THREAD,), return_type=STEP_VALUE)
     def repeat_in_thread(_, x):
         register = vector.broadcast(ir.VectorType.get((4,), F32()), vector.extract(x.registers.flat[0], [], [0]))
         registers = np.array([register] * (STEP // (4 * THREADS)), dtype=object)

@@ -64,8 +64,6 @@ def row_losses_for(
         raise ValueError(f"`implementation` is {implementation!r}; give one of {NAMES}")
     _check_term(divergence)
     whole_rows = isinstance(divergence, RowDivergence)
-    if whole_rows and chunk.is_shard:
-        raise ValueError("`divergence` is a function of whole rows; leave `vocabulary` out of `sharding`")
     only_xla = whole_rows or in_buckets
     if implementation == "xla" or (only_xla and implementation is None):
         return bucketed.row_losses if in_buckets else xla_row_losses(divergence)

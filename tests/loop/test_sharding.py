@@ -100,6 +100,21 @@ def test_logits_are_not_gathered():
         jaxkd.distillation_loss(logits, HEAD, sharding=jaxkd.Sharding("x", "x", wide))
 
 
+WHOLE_ROWS = {
+    "this `divergence`": lambda **options: jaxkd.distillation_loss(
+        HEAD, HEAD, divergence=jaxkd.cosine_distance, **options
+    ),
+    "a Mixture as `teacher`": lambda **options: jaxkd.distillation_loss(HEAD, jaxkd.Mixture([HEAD]), **options),
+    "`function`": lambda **options: jaxkd.chunked_loss(lambda z, *_: z[:, 0], HEAD, **options),
+}
+
+
+@pytest.mark.parametrize("what", WHOLE_ROWS)
+def test_whole_rows_are_not_split(what):
+    with pytest.raises(ValueError, match=f"{what} needs whole rows of logits; leave `vocabulary` out"):
+        WHOLE_ROWS[what](sharding=jaxkd.Sharding((), "x", mesh("x")))
+
+
 @pytest.mark.parametrize(("rows", "vocabulary", "has_kernel"), [("x", (), True), ((), "x", False)])
 def test_a_kernel_runs_where_rows_are_split(rows, vocabulary, has_kernel):
     """Lowered for two GPUs, as a mesh in context names them."""
