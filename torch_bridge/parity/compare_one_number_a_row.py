@@ -41,7 +41,7 @@ def _cross_entropy(dtype: str, device: str, implementation: str | None) -> list[
         head: str = "plain",
         frozen: tuple[str, ...] = (),
         truth: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
-        **options: float,
+        **options: Any,
     ) -> Comparison:
         batch = make_batch(Case("", shape, dtype, mask=mask, head=head), device)
         student, _ = batch.tensors()
@@ -86,7 +86,7 @@ def _every(student: reference.LinearLogits) -> torch.Tensor:
     return student.rows(torch.ones(len(student.hidden), dtype=torch.bool, device=student.hidden.device))
 
 
-Values = Callable[[Any, Any, dict[str, Any]], Any]  # of a library, a student and what `_given` has: (...)
+Values = Callable[..., Any]  # of a library, a student and what else is given, to (...)
 
 
 def _of_tokens(dtype: str, device: str, implementation: str | None) -> list[Comparison]:
