@@ -12,6 +12,7 @@ import pytest
 import row_cases
 
 import jaxkd
+from jaxkd.loop import chunk_size as chunk_sizes
 
 ln = math.log
 N, D, V, CHUNK = 23, 12, 123, 8
@@ -144,6 +145,19 @@ def test_leading_axes():
 @pytest.mark.parametrize("chunk_size", [1, N, None])
 def test_chunk_size_changes_no_number(chunk_size):
     compare(STUDENT.astype(jnp.float32), chunk_size=chunk_size, **BOTH)
+
+
+@pytest.mark.parametrize("is_labelled", [True, False])
+def test_in_pieces(is_labelled, monkeypatch):
+    """Logits of fewer rows at a time than a chunk has gradients."""
+    student = STUDENT.astype(jnp.float32)
+    labels = LABELS if is_labelled else np.where(COUNTED, LABELS, 0)
+    monkeypatch.setattr(chunk_sizes, "PIECE_BYTES", 2 * V * 4)
+    chunks = chunk_sizes.rows_of_chunk(CHUNK, student)
+    assert chunks.piece < chunks.size
+    value_and_grad.clear_cache()  # which does not know of it
+    compare(student, labels, **BOTH)
+    value_and_grad.clear_cache()
 
 
 # Which rows count
