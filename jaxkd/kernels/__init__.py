@@ -11,8 +11,12 @@ from jaxkd.kernels.bucketed import token_ids as token_ids
 from jaxkd.kernels.dispatch import CannotRun as CannotRun
 from jaxkd.kernels.dispatch import Chunk as Chunk
 from jaxkd.kernels.dispatch import row_losses_for as row_losses_for
-from jaxkd.kernels.dispatch import xla_row_losses as xla_row_losses
+from jaxkd.kernels.reference import row_gradient as row_gradient
+from jaxkd.kernels.reference import top_token as top_token
 from jaxkd.kernels.signature import ChunkRows as ChunkRows
+from jaxkd.kernels.signature import LogSumExp as LogSumExp
 from jaxkd.kernels.signature import RowLosses as RowLosses
 from jaxkd.kernels.signature import RowOptions as RowOptions
+from jaxkd.kernels.signature import RowSums as RowSums
 from jaxkd.kernels.signature import VocabularyShards as VocabularyShards
+from jaxkd.kernels.signature import names_of_sums as names_of_sums

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkd.kernels.reference import at_label, hard_gradient
-from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult
+from jaxkd.kernels.reference import hard_gradient, hard_part
+from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult, RowSums
 from jaxkd.logits import Place, placed
 
 
@@ -93,10 +93,10 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
         soft = jnp.maximum(soft, 0)  # only rounding takes it below
     # Not earlier: XLA may compile the exponential of a select for numbers alone, and then selects none that is not one.
     soft = jnp.where(is_sound, soft, jnp.nan)
-    log_q = jax.nn.log_softmax(student)
-    hard = -at_label(log_q, rows.labels) if options.has_labels else jnp.zeros_like(soft)
+    plain, hard = hard_part(rows, options)
+    sums = RowSums(plain)
     if options.gradient_dtype is None:
-        return soft, hard, None
+        return RowResult(soft, hard, sums, None)
 
     slope_of_token = jax.vmap(lambda x, of_token: x[of_token], in_axes=(0, axis))(slope, partition.of_token)
     d = own.share * slope_of_token - jnp.exp(own.tokens) * jnp.sum(slope, axis=1, keepdims=True)
@@ -104,5 +104,5 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
     scale = (rows.soft_scale / temperature)[:, None]
     d = jnp.where(scale == 0, 0, scale * d)
     if options.has_labels:
-        d = d + hard_gradient(log_q, rows.labels, rows.hard_scale)
-    return soft, hard, placed(d.astype(options.gradient_dtype), place)
+        d = d + hard_gradient(rows, options, student, plain)
+    return RowResult(soft, hard, sums, placed(d.astype(options.gradient_dtype), place))

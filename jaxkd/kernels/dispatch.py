@@ -10,7 +10,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from jaxkd.divergences import AnyDivergence, Divergence, RowDivergence, forward_kl
+from jaxkd.divergences import AnyDivergence, Divergence, RowDivergence
 from jaxkd.kernels import bucketed, reference, whole_row
 from jaxkd.kernels.signature import ChunkRows, RowLosses, RowOptions, RowResult
 from jaxkd.kernels.term_primitives import lacking
@@ -46,15 +46,17 @@ class Chunk:
 
     rows: int
     student_width: int
-    teacher_width: int
+    teacher_width: int | None  # None: one head
     dtype: jnp.dtype
     is_shard: bool = False  # whether other devices have the other columns
 
 
 def row_losses_for(
-    implementation: str | None, chunk: Chunk, divergence: AnyDivergence = forward_kl, in_buckets: bool = False
+    implementation: str | None, chunk: Chunk, divergence: AnyDivergence | None = None, in_buckets: bool = False
 ) -> RowLosses:
     """The function that computes the rows of a chunk; ``in_buckets`` if the teacher is a `bucketed.BucketTeacher`.
+
+    Without a ``divergence`` it is a hard loss alone.
 
     Raises:
       ValueError: an unknown name, a term that is not elementwise. `CannotRun`: an implementation that cannot run this
@@ -81,12 +83,12 @@ def row_losses_for(
     return _kernels[implementation].row_losses
 
 
-def xla_row_losses(divergence: AnyDivergence) -> RowLosses:
+def xla_row_losses(divergence: AnyDivergence | None) -> RowLosses:
     _check_term(divergence)
     return whole_row.row_losses if isinstance(divergence, RowDivergence) else reference.row_losses
 
 
-def _check_term(divergence: AnyDivergence) -> None:
+def _check_term(divergence: AnyDivergence | None) -> None:
     """`whole_row` checks a function of whole rows itself, which it knows the widths for."""
     if isinstance(divergence, Divergence):
         term, slope, parameters = divergence.term, divergence.slope, divergence.parameters
@@ -95,7 +97,7 @@ def _check_term(divergence: AnyDivergence) -> None:
             check_elementwise("divergence.slope", slope, parameters, is_differentiated=False)
 
 
-def obstacle(implementation: str, chunk: Chunk, divergence: AnyDivergence = forward_kl) -> str | None:
+def obstacle(implementation: str, chunk: Chunk, divergence: AnyDivergence | None = None) -> str | None:
     """Why a kernel cannot run a chunk, or None if it can."""
     if implementation in _missing:
         return _missing[implementation]
@@ -108,7 +110,7 @@ def obstacle(implementation: str, chunk: Chunk, divergence: AnyDivergence = forw
         return "it sums over the vocabulary of one device and here several share it"
     if is_checked():
         return "in a shard_map its results lack the types of `check_vma`; under jit alone, with `sharding`, it runs"
-    width = max(chunk.student_width, chunk.teacher_width)
+    width = max(chunk.student_width, chunk.teacher_width or 0)
     if chunk.rows * width >= 2**31:
         return f"a chunk of {chunk.rows} rows by {width} columns needs 64-bit offsets; give a smaller `chunk_size`"
     if implementation == "mosaic" and (reason := _mosaic_obstacle(chunk)):
@@ -124,6 +126,8 @@ def _mosaic_obstacle(chunk: Chunk) -> str | None:
         return f"it is tested from jax 0.11 on and this is {jax.__version__}"
     if not any(name in target_device() for name in ("H100", "H200")):
         return f"it is tested on H100 and H200 and this is {target_device()!r}"
+    if chunk.teacher_width is None:
+        return "it is a kernel of two heads"
     if chunk.teacher_width != width:
         return f"the vocabularies differ in width ({width} and {chunk.teacher_width})"
     if width % kernel.ALIGNMENT:

@@ -9,7 +9,7 @@ others' in other words; what it lacks after that, `term_primitives` knows.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +28,6 @@ NEAR = 0.25  # where the polynomials hold
 # Chebyshev fits there of expm1(x) / x and log1p(x) / x, from the constant up: 9e-8 and 1.4e-7 off at most.
 EXPM1 = (1.0, 0.499998302, 0.16666623, 0.0417753009, 0.00835195337)
 LOG1P = (0.999999985, -0.500003684, 0.333340907, -0.249533512, 0.199401399, -0.18127313, 0.157813577)
-
-
-class LogSumExp(NamedTuple):
-    """``log sum exp(z)`` of a row in two parts, whose sum would lose digits: the largest logit, and the rest."""
-
-    top: jax.Array
-    log_total: jax.Array  # log sum exp(z - top)
-
-
-def log_probability(z: jax.Array, lse: LogSumExp) -> jax.Array:
-    return (z - lse.top) - lse.log_total  # in this order: exact where all logits are large
 
 
 def expm1(x: jax.Array) -> jax.Array:

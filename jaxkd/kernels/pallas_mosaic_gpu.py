@@ -30,9 +30,9 @@ from jaxkd.kernels.cluster_reduce import (
     repeat_in_thread,
     warp_reduce,
 )
-from jaxkd.kernels.kernel_math import LN2, LOG2E, LOWEST, LogSumExp, base_2_term_and_slope_of
-from jaxkd.kernels.reference import hard_loss
-from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult
+from jaxkd.kernels.kernel_call import result_of
+from jaxkd.kernels.kernel_math import LN2, LOG2E, LOWEST, base_2_term_and_slope_of
+from jaxkd.kernels.signature import ChunkRows, LogSumExp, RowOptions, RowResult
 from jaxkd.logits import Place
 
 # Knobs.
@@ -348,9 +348,8 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
         *parameters,
         *target,
     )
-    soft, top, log_total = soft[::THREADS], top[::THREADS], log_total[::THREADS]
-    hard = hard_loss(rows, LogSumExp(top, log_total), options)
-    return soft, hard, gradient[0].reshape(place.rows.shape) if place else None
+    numbers = {"soft": soft[::THREADS], "top": top[::THREADS], "log_total": log_total[::THREADS]}
+    return result_of(rows, options, numbers, gradient[0].reshape(place.rows.shape) if place else None)
 
 
 def _in_place(kernel: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:

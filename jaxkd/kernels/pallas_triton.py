@@ -1,7 +1,8 @@
 """The rows of one chunk as a Pallas kernel, lowered through Triton: one program a row, for any sum over tokens.
 
-The twin of `reference`, with its signature. It reads a row of float32 logits three times (log-sum-exps; sums of the
-term and of the slope; gradient) and writes the gradient once, in the type of the matrix products that follow.
+The twin of `reference`, with its signature. It reads a row of float32 logits once for the log-sum-exps, once more for
+the sums of the term and of the slope of a soft loss, and once for a gradient, which it writes once, in the type of the
+matrix products that follow.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxkd.kernels.kernel_math import LOWEST, LogSumExp, log_probability, term_and_slope_of
-from jaxkd.kernels.reference import hard_loss
-from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult
+from jaxkd.kernels.kernel_call import parameters_in, result_of, rows_in, rows_out, scalars_in
+from jaxkd.kernels.kernel_math import LOWEST, term_and_slope_of
+from jaxkd.kernels.signature import ChunkRows, LogSumExp, RowOptions, RowResult
 from jaxkd.logits import Place
 
 # Knobs. Block size and warps change an H100's time by less than 10 %.
@@ -28,30 +29,29 @@ INTERPRET = False  # run the kernel as JAX operations on any device, to debug it
 
 
 class _Refs(NamedTuple):
-    """What a program is given: its row, or what serves all rows."""
+    """What a program is given: its row, or what serves all rows. What a call has no use for is None."""
 
     student: Any  # (V,)
-    teacher: Any  # (Vt,)
-    label: Any  # () and so on: scalars
-    soft_scale: Any
-    hard_scale: Any
-    temperature: Any
-    parameters: Sequence[Any]  # of the divergence
-    first_row: Any  # of the gradient's place, (); None without a gradient
-    soft: Any  # outputs, ()
-    top: Any
+    top: Any  # (), as all numbers
     log_total: Any
-    gradient: Any  # all rows of the place; None without a gradient
-
-    @classmethod
-    def of(cls, refs: Sequence[Any], num_parameters: int, has_gradient: bool) -> "_Refs":
-        """From the order in which the kernel is called: inputs, the place as an input, outputs."""
-        rows, refs = refs[:6], refs[6:]
-        parameters, refs = refs[:num_parameters], refs[num_parameters:]
-        if not has_gradient:
-            return cls._make((*rows, parameters, None, *refs, None))
-        first_row, _, *outputs = refs  # the rows of the place are an output too
-        return cls._make((*rows, parameters, first_row, *outputs))
+    temperature: Any
+    teacher: Any = None  # (Vt,)
+    parameters: Sequence[Any] = ()  # of the divergence
+    soft_scale: Any = None
+    soft: Any = None
+    student_top: Any = None
+    student_log_total: Any = None
+    teacher_top: Any = None
+    teacher_log_total: Any = None
+    slope_sum: Any = None
+    label: Any = None
+    label_logit: Any = None
+    hard_scale: Any = None
+    label_smoothing: Any = None
+    z_loss: Any = None
+    distance_sum: Any = None
+    first_row: Any = None  # of the gradient's place
+    gradient: Any = None  # all rows of the place
 
 
 class _Segment(NamedTuple):
@@ -64,7 +64,9 @@ class _Segment(NamedTuple):
     is_compared: bool  # softly
 
 
-def _segments(student_width: int, teacher_width: int, vocabulary: str) -> list[_Segment]:
+def _segments(student_width: int, teacher_width: int | None, vocabulary: str) -> list[_Segment]:
+    if teacher_width is None:
+        return [_Segment(0, student_width, True, False, True)]
     common = min(student_width, teacher_width)
     is_compared = vocabulary == "mask"
     segments = [_Segment(0, common, True, True, True)]
@@ -107,85 +109,117 @@ class _RunningSum(NamedTuple):
 
 def _kernel(
     *refs,
-    term_and_slope: Callable[..., tuple[jax.Array, jax.Array]],
+    in_names: Sequence[str],
+    out_names: Sequence[str],
+    term_and_slope: Callable[..., tuple[jax.Array, jax.Array]] | None,
     is_nonnegative: bool,
-    num_parameters: int,
     options: RowOptions,
     block: int,
 ):
-    row = _Refs.of(refs, num_parameters, options.gradient_dtype is not None)
+    first_out = len(refs) - len(out_names)  # before the outputs come the divergence's parameters
+    named = dict(zip(in_names, refs, strict=False)) | dict(zip(out_names, refs[first_out:], strict=True))
+    named.pop("place", None)  # an output too
+    row = _Refs(**named, parameters=refs[len(in_names) : first_out])
     parameters = [ref[...] for ref in row.parameters]
-    segments = _segments(row.student.shape[0], row.teacher.shape[0], options.vocabulary)
+    teacher_width = None if row.teacher is None else row.teacher.shape[0]
+    segments = _segments(row.student.shape[0], teacher_width, options.vocabulary)
     inverse_temperature = 1 / row.temperature[...]
-    is_same = not options.is_tempered and all(segment.is_compared for segment in segments)  # softly and hard
+    has_soft = term_and_slope is not None
+    hard_factor = inverse_temperature if options.tempers_labels else 1.0
+    # Whether the student's softmax is the same for the soft and the hard loss.
+    is_same = has_soft and not options.has_plain_sums and all(segment.is_compared for segment in segments)
 
     def load(ref: Any, at: jax.Array, mask: jax.Array, present: bool) -> jax.Array:
         if not present:
             return jnp.full((block,), -jnp.inf, jnp.float32)
         return plgpu.load(ref.at[pl.ds(at, block)], mask=mask, other=-jnp.inf)
 
-    # Pass 1: log-sum-exps of student and teacher at the temperature, and of the student without it.
-    start = _RunningSum(jnp.full((block,), LOWEST, jnp.float32), jnp.zeros((block,), jnp.float32))
-    sums = (start, start, start)
+    # Pass 1: log-sum-exps of student and teacher at the temperature, and of the student as the hard loss has it.
+    zeros = jnp.zeros((block,), jnp.float32)
+    start = _RunningSum(jnp.full((block,), LOWEST, jnp.float32), zeros)
+    sums = (start, start, start, zeros)
     for segment in segments:
 
         def add_logits(at, mask, sums, segment=segment):
-            student_sum, teacher_sum, plain_sum = sums
+            student_sum, teacher_sum, plain_sum, distance_sum = sums
             if segment.in_student:
                 z = load(row.student, at, mask, True)
-                if segment.is_compared:
+                if has_soft and segment.is_compared:
                     student_sum = student_sum.add(z * inverse_temperature)
-                if not is_same and options.has_labels:
-                    plain_sum = plain_sum.add(z)
+                if not is_same:
+                    plain_sum = plain_sum.add(z * hard_factor)
+                if row.distance_sum is not None:
+                    distance_sum += jnp.where(mask, z - row.label_logit[...], 0)
             if segment.in_teacher:
                 teacher_sum = teacher_sum.add(load(row.teacher, at, mask, True) * inverse_temperature)
-            return student_sum, teacher_sum, plain_sum
+            return student_sum, teacher_sum, plain_sum, distance_sum
 
         sums = _sweep(segment, block, add_logits, sums)
     student_lse, teacher_lse = sums[0].log_sum_exp(), sums[1].log_sum_exp()
     plain_lse = student_lse if is_same else sums[2].log_sum_exp()
     row.top[...], row.log_total[...] = plain_lse
+    if row.distance_sum is not None:
+        row.distance_sum[...] = jnp.sum(sums[3])
+    if row.student_top is not None:
+        row.student_top[...], row.student_log_total[...] = student_lse
+    if row.teacher_top is not None:
+        row.teacher_top[...], row.teacher_log_total[...] = teacher_lse
 
     def log_probabilities(at, mask, segment):
-        z_q = load(row.student, at, mask, segment.in_student) * inverse_temperature
+        log_q = student_lse.log_probability(load(row.student, at, mask, segment.in_student) * inverse_temperature)
+        if row.teacher is None:
+            return log_q, log_q
         z_p = load(row.teacher, at, mask, segment.in_teacher) * inverse_temperature
-        return log_probability(z_p, teacher_lse), log_probability(z_q, student_lse)
+        return teacher_lse.log_probability(z_p), log_q
 
     # Pass 2: the loss and the sum of the slopes.
-    term_sum, slope_sum = jnp.zeros((block,), jnp.float32), jnp.zeros((block,), jnp.float32)
-    for segment in segments:
+    term_sum, slope_sum = zeros, zeros
+    for segment in segments if has_soft else ():
         if not segment.is_compared:
             continue
 
         def add(at, mask, sums, segment=segment):
+            assert term_and_slope is not None
             term, slope = term_and_slope(*log_probabilities(at, mask, segment), *parameters)
             return sums[0] + jnp.where(mask, term, 0), sums[1] + jnp.where(mask, slope, 0)
 
         term_sum, slope_sum = _sweep(segment, block, add, (term_sum, slope_sum))
-    soft = jnp.sum(term_sum)
-    row.soft[...] = jnp.maximum(soft, 0) if is_nonnegative else soft
+    slope_total = jnp.sum(slope_sum)
+    if has_soft:
+        soft = jnp.sum(term_sum)
+        row.soft[...] = jnp.maximum(soft, 0) if is_nonnegative else soft
+    if row.slope_sum is not None:
+        row.slope_sum[...] = slope_total
     if row.gradient is None:
         return
 
     # Pass 3: the gradient.
     place = row.first_row[...] + pl.program_id(0)
-    slope_total = jnp.sum(slope_sum)
-    label, hard_scale = row.label[...], row.hard_scale[...]
-    soft_scale = row.soft_scale[...] * inverse_temperature
+    if has_soft:
+        soft_scale = row.soft_scale[...] * inverse_temperature
+    if options.has_labels:
+        label, hard_scale, smoothing, q_factor = row.label[...], row.hard_scale[...] * hard_factor, 0.0, 1.0
+        if row.label_smoothing is not None:
+            smoothing = row.label_smoothing[...]
+        if row.z_loss is not None:
+            q_factor = 1 + 2 * row.z_loss[...] * (plain_lse.top + plain_lse.log_total)
+        elsewhere = smoothing / row.student.shape[0]  # what smoothing makes of the target
+        at_label = 1 - smoothing + elsewhere
     for segment in segments:
         if not segment.in_student:
             continue
 
         def write(at, mask, carry, segment=segment):
-            d = jnp.zeros((block,), jnp.float32)
-            if segment.is_compared:
+            d = zeros
+            if term_and_slope is not None and segment.is_compared:
                 log_p, log_q = log_probabilities(at, mask, segment)
                 _, slope = term_and_slope(log_p, log_q, *parameters)
                 d = jnp.where(soft_scale == 0, 0, soft_scale * (slope - jnp.exp(log_q) * slope_total))
             if options.has_labels:
-                q = jnp.exp(log_probability(load(row.student, at, mask, True), plain_lse))
+                z = load(row.student, at, mask, True) * hard_factor
+                q = jnp.exp(plain_lse.log_probability(z)) * q_factor
                 one_hot = at + jnp.arange(block, dtype=jnp.int32) == label
-                d = d + jnp.where(hard_scale == 0, 0, hard_scale * jnp.where(one_hot, q - 1, q))
+                d = d + jnp.where(hard_scale == 0, 0, hard_scale * jnp.where(one_hot, q - at_label, q - elsewhere))
             plgpu.store(row.gradient.at[place, pl.ds(at, block)], d.astype(row.gradient.dtype), mask=mask)
             return carry
 
@@ -198,58 +232,54 @@ def _kernel(
 def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None) -> RowResult:
     """`reference.row_losses` as one kernel: float32 logits in, losses and a gradient of any floating type out."""
     num_rows, width = rows.student.shape
-    teacher_width = rows.teacher.shape[1]
-    block = min(BLOCK, largest_power_of_two(min(width, teacher_width)))
-    parameters = [jnp.asarray(x, jnp.float32).reshape(1) for x in rows.divergence.parameters]
-
-    def row(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, width), lambda i: (i, 0))
-
+    logits = {"student": rows.student} | ({} if rows.teacher is None else {"teacher": rows.teacher})
+    block = min(BLOCK, largest_power_of_two(min(z.shape[1] for z in logits.values())))
     each_row = pl.BlockSpec((None,), lambda i: (i,))
     everywhere = pl.BlockSpec((None,), lambda i: (0,))
-    numbers = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
-    out_shape, out_specs = [numbers] * 3, [each_row] * 3
-    target: list[jax.Array] = []
-    target_specs, aliases = [], {}
+
+    inputs, specs = (
+        dict(logits),
+        {name: pl.BlockSpec((None, z.shape[1]), lambda i: (i, 0)) for name, z in logits.items()},
+    )
+    for numbers, spec in ((rows_in(rows, options), each_row), (scalars_in(rows, options), everywhere)):
+        inputs |= numbers
+        specs |= dict.fromkeys(numbers, spec)
+    out_names = list(rows_out(rows, options))
+    out_shape: list[Any] = [jax.ShapeDtypeStruct((num_rows,), jnp.float32)] * len(out_names)
+    out_specs, aliases = [each_row] * len(out_names), {}
     if options.gradient_dtype is not None:
         place = place or Place.alone(num_rows, width, options.gradient_dtype)
         all_rows = pl.BlockSpec(place.rows.shape, lambda i: (0, 0))
-        target, target_specs = [jnp.reshape(place.first, (1,)), place.rows], [everywhere, all_rows]
-        aliases = {6 + len(parameters) + 1: len(out_shape)}  # the rows of the place, of which no copy is made
+        inputs |= {"first_row": jnp.reshape(place.first, (1,)), "place": place.rows}
+        specs |= {"first_row": everywhere, "place": all_rows}
+        aliases = {len(inputs) - 1: len(out_names)}  # the rows of the place, of which no copy is made
+        out_names.append("gradient")
         out_shape.append(jax.ShapeDtypeStruct(place.rows.shape, place.rows.dtype))
         out_specs.append(all_rows)
+    parameters = parameters_in(rows)
 
-    soft, top, log_total, *gradient = pl.pallas_call(
+    outputs = pl.pallas_call(
         partial(
             _kernel,
-            term_and_slope=term_and_slope_of(rows.divergence),
-            is_nonnegative=rows.divergence.is_nonnegative,
-            num_parameters=len(parameters),
+            in_names=tuple(inputs),
+            out_names=tuple(out_names),
+            term_and_slope=None if rows.divergence is None else term_and_slope_of(rows.divergence),
+            is_nonnegative=rows.divergence is not None and rows.divergence.is_nonnegative,
             options=options,
             block=block,
         ),
         grid=(num_rows,),
-        in_specs=[row(width), row(teacher_width), each_row, each_row, each_row, everywhere]
-        + [everywhere] * len(parameters)
-        + target_specs,
+        in_specs=[*specs.values(), *[everywhere] * len(parameters)],
         out_specs=out_specs,
         out_shape=out_shape,
         input_output_aliases=aliases,
         compiler_params=plgpu.CompilerParams(num_warps=NUM_WARPS, num_stages=NUM_STAGES),
         interpret=INTERPRET,
         name="jaxkd_rows",
-    )(
-        rows.student,
-        rows.teacher,
-        rows.labels.astype(jnp.int32),
-        rows.soft_scale,
-        rows.hard_scale,
-        jnp.reshape(rows.temperature, (1,)),
-        *parameters,
-        *target,
-    )
-    hard = hard_loss(rows, LogSumExp(top, log_total), options)
-    return soft, hard, gradient[0] if gradient else None
+    )(*inputs.values(), *parameters)
+    numbers = dict(zip(out_names, outputs, strict=True))
+    gradient = numbers.pop("gradient", None)
+    return result_of(rows, options, numbers, gradient)
 
 
 def largest_power_of_two(n: int) -> int:

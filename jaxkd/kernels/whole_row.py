@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxkd.divergences import RowDivergence
-from jaxkd.kernels.reference import align, at_label
-from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult
+from jaxkd.kernels.reference import align, hard_gradient, hard_part
+from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult, RowSums
 from jaxkd.logits import Place, placed
 from jaxkd.loop.collectives import vary_like
 from jaxkd.loop.handed_functions import check_row_function
@@ -25,23 +25,21 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
         _check_function(rows.divergence, z_p, z_q)
         return rows.divergence(z_p, z_q)
 
-    def hard(z: Float[Array, "C V"]) -> Float[Array, " C"]:
-        return -at_label(jax.nn.log_softmax(z), rows.labels) if options.has_labels else jnp.zeros_like(rows.hard_scale)
-
-    losses, gradient = [], jnp.zeros_like(rows.student)
-    for function, scale in ((soft, rows.soft_scale), (hard, rows.hard_scale)):
-        if options.gradient_dtype is None:
-            losses.append(function(rows.student))
-        else:
-            loss, pullback = jax.vjp(function, rows.student)
-            losses.append(loss)
-            gradient = gradient + jnp.where(scale[:, None] == 0, 0, pullback(vary_like(scale, loss))[0])
-    soft_loss, hard_loss = losses
-    if rows.divergence.is_nonnegative:
-        soft_loss = jnp.maximum(soft_loss, 0)  # only rounding takes it below
+    plain, hard = hard_part(rows, options)
+    pullback = None
     if options.gradient_dtype is None:
-        return soft_loss, hard_loss, None
-    return soft_loss, hard_loss, placed(gradient.astype(options.gradient_dtype), place)
+        loss = soft(rows.student)
+    else:
+        loss, pullback = jax.vjp(soft, rows.student)
+    if rows.divergence.is_nonnegative:
+        loss = jnp.maximum(loss, 0)  # only rounding takes it below
+    if pullback is None:
+        return RowResult(loss, hard, RowSums(plain), None)
+    (d,) = pullback(vary_like(rows.soft_scale, loss))
+    d = jnp.where(rows.soft_scale[:, None] == 0, 0, d)
+    if options.has_labels:
+        d = d + hard_gradient(rows, options, rows.student, plain)
+    return RowResult(loss, hard, RowSums(plain), placed(d.astype(options.gradient_dtype), place))
 
 
 def _check_function(divergence: RowDivergence, teacher: jax.Array, student: jax.Array) -> None:

@@ -131,7 +131,9 @@ def check_mask(mask: Any, rows: tuple[int, ...], name: str) -> None:
         raise ValueError(f"`mask` has shape {jnp.shape(mask)} but `{name}` has leading shape {rows}; give one for each")
 
 
-def check_scalar(name: str, value: Any, above: float | None = None, at_least: float | None = None) -> None:
+def check_scalar(
+    name: str, value: Any, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+) -> None:
     """A real scalar, finite and in range where its value is known."""
     is_number = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) and not isinstance(value, bool)
     if not is_number or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.number):
@@ -143,6 +145,8 @@ def check_scalar(name: str, value: Any, above: float | None = None, at_least: fl
         raise ValueError(f"`{name}` is {known:g}; give a number above {above:g}")
     if at_least is not None and not known >= at_least:
         raise ValueError(f"`{name}` is {known:g}; give a number of at least {at_least:g}")
+    if at_most is not None and not known <= at_most:
+        raise ValueError(f"`{name}` is {known:g}; give a number of at most {at_most:g}")
 
 
 def sound_temperature(temperature: Any, dtype: Any) -> jax.Array:
@@ -205,3 +209,8 @@ def check_size(name: str, value: Any) -> None:
 def known_value(x: Any) -> np.ndarray | None:
     """The value of a number or array, or None while it is traced."""
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)
+
+
+def known_to_be(value: Any, number: int) -> bool:
+    """Whether it is a Python number, and this one: then it is known whatever is traced."""
+    return isinstance(value, (int, float)) and value == number

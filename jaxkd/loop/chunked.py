@@ -41,7 +41,7 @@ from jaxkd.loop.collectives import (
 from jaxkd.loop.flattening import map_field, map_over_mesh, spec, specs
 from jaxkd.loop.partitioning import ROWS, Partitioning
 from jaxkd.loop.reverse_once import reverse_once
-from jaxkd.loop.row_loss import Counted, RowLoss, Sums, WeightedRowLoss
+from jaxkd.loop.row_loss import Counted, RowLoss, RowValues, Sums
 
 # Gradients in the forward pass.
 
@@ -104,7 +104,7 @@ _sum_rows_compiled = jax.jit(_sum_rows, static_argnums=0)  # once a shape when c
 # Gradients recomputed in the backward pass.
 
 
-def map_rows(loss: WeightedRowLoss, student: Source, is_counted: Counted, plan: Plan) -> dict[str, Float[Array, " N"]]:
+def map_rows(loss: RowValues, student: Source, is_counted: Counted, plan: Plan) -> dict[str, Float[Array, " N"]]:
     """What ``loss`` gives for each row of the flat source ``student``, and 0 for one that does not count.
 
     Differentiable and read as in `sum_rows`; memory is the same, in the backward pass too: no chunk is kept for it.
@@ -125,17 +125,20 @@ def _map_rows_forward(plan: Plan, *arguments: Any) -> tuple[dict[str, jax.Array]
     check_differentiable(plan.partitioning)
     # An empty array marks a field that is not wanted, for the reason above.
     marks = {name: jnp.zeros((int(name in _perturbed(student)),)) for name in vars(student)}
-    return _map_rows(plan, *primals), (primals, marks)
+    _, is_counted, primal_loss, primal_student = primals
+    values = _map_rows(plan, probe.value, is_counted, primal_loss.saving(), primal_student)
+    saved = {name: x for name, x in values.items() if name not in primal_loss.names}
+    return {name: values[name] for name in primal_loss.names}, (primals, saved, marks)
 
 
 def _map_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -> tuple[Any, ...]:
-    (_, is_counted, loss, student), marks = residuals
+    (_, is_counted, loss, student), saved, marks = residuals
     upstream = cotangents["loss"]
     if isinstance(upstream, SymbolicZero):
         return None, None, None, None
     wanted = frozenset(name for name, mark in marks.items() if mark.size)
     one = jnp.ones((), student.dtype)
-    _, gradients = _loop_on_mesh(plan, is_counted, loss.weighted(upstream), student, one, wanted)
+    _, gradients = _loop_on_mesh(plan, is_counted, loss.weighted(upstream, saved), student, one, wanted)
 
     def finished(gradient: jax.Array, primal: jax.Array) -> jax.Array:
         return as_primal(gradient, primal).astype(jnp.result_type(primal))

@@ -33,8 +33,11 @@ class RowLoss(Protocol):
 
 
 @runtime_checkable
-class WeightedRowLoss(RowLoss, Protocol):
-    """A row loss for `map_rows`."""
+class RowValues(RowLoss, Protocol):
+    """A row loss for `map_rows`, which wants its gradient only after all values."""
 
-    def weighted(self, weights: Float[Array, " N"]) -> "WeightedRowLoss":
-        """The same with each row's number multiplied by its weight."""
+    def saving(self) -> "RowValues":
+        """The same with more ``names``: numbers of each row that the backward pass needs."""
+
+    def weighted(self, weights: Float[Array, " N"], saved: dict[str, Float[Array, " N"]]) -> RowLoss:
+        """For the backward pass: the sum of each row's number times its weight; ``saved`` is what `saving` added."""

@@ -11,10 +11,22 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxkd.logits import LinearLogits, Logits, Place, Source, placed, take_rows
-from jaxkd.loop import Metrics, Plan, Sharding, count_rows, metrics_of, rows_of_chunk, sum_rows, weighted
+from jaxkd.loop import (
+    Chunks,
+    CountedRows,
+    Metrics,
+    Plan,
+    Sharding,
+    count_rows,
+    map_rows,
+    metrics_of,
+    rows_of_chunk,
+    sum_rows,
+    weighted,
+)
 from jaxkd.loop.checks import check_is_array, check_row_arguments, check_source
 from jaxkd.loop.collectives import vary_like
-from jaxkd.loop.flattening import flat_tree, on_auto_axes
+from jaxkd.loop.flattening import flat_tree, on_auto_axes, with_leading_axes
 from jaxkd.loop.handed_functions import check_row_function
 from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
 
@@ -81,6 +93,63 @@ def chunked_loss(
     >>> print(f"{loss:.4f}, log-normaliser {metrics['log_z']:.4f}, {metrics['num_rows']:.0f} rows")
     1.7024, log-normaliser 2.5514, 2 rows
     """
+    _check_arguments(function, student, labels, per_row, shared, ignore_index, chunk_size, weights, normalizer)
+    partitioning = partitioning_of(sharding, student, needs_whole_rows="`function`")
+    of_arrays = partial(_loss_of_arrays, function, partitioning, ignore_index, chunk_size)
+    return on_auto_axes(partitioning, of_arrays, student, labels, per_row, shared, weights, normalizer)
+
+
+def chunked_rows(
+    function: RowFunction,
+    student: Source,
+    labels: ArrayLike | None = None,
+    *,
+    per_row: Any = (),
+    shared: Any = (),
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    sharding: Sharding | None = None,
+) -> jax.Array:
+    """One number a row of your own, of logits that are never formed all at once: `chunked_loss` without its sum.
+
+    Differentiable in all arrays of ``student``, each row with a gradient of its own: the backward pass forms the logits
+    again, a chunk at a time, and pulls the function's derivative back. A row labelled ``ignore_index`` is never looked
+    at and has 0.
+
+    Args:
+      function: as in `chunked_loss`, but to (C,) alone, without metrics.
+      student, labels, per_row, shared, ignore_index, chunk_size, sharding: as in `chunked_loss`.
+
+    Returns:
+      (...) float32 (float64 for float64).
+
+    Raises:
+      TypeError, ValueError: as in `chunked_loss`.
+
+    >>> def margin(logits, labels, per_row, shared):
+    ...     best_two, _ = jax.lax.top_k(logits, 2)
+    ...     return best_two[:, 0] - best_two[:, 1]
+    >>> student = LinearLogits(jnp.ones((2, 2)), jnp.array([[0.0, 1.0], [1.0, 0.0], [2.0, 1.5]]))
+    >>> print(chunked_rows(margin, student))
+    [2.5 2.5]
+    """
+    _check_arguments(function, student, labels, per_row, shared, ignore_index, chunk_size)
+    partitioning = partitioning_of(sharding, student, needs_whole_rows="`function`")
+    of_arrays = partial(_rows_of_arrays, function, partitioning, ignore_index, chunk_size)
+    return on_auto_axes(partitioning, of_arrays, student, labels, per_row, shared, gives_rows=True)
+
+
+def _check_arguments(
+    function: RowFunction,
+    student: Source,
+    labels: Any,
+    per_row: Any,
+    shared: Any,
+    ignore_index: int,
+    chunk_size: int | None,
+    weights: Any = None,
+    normalizer: Any = None,
+) -> None:
     if not callable(function):
         raise TypeError(f"`function` is {function!r}; give a function (logits, labels, per_row, shared) -> (C,)")
     check_source(student, "student.")
@@ -101,10 +170,6 @@ def chunked_loss(
     )
     jax.tree_util.tree_map_with_path(lambda path, x: check_is_array("shared" + jax.tree_util.keystr(path), x), shared)
 
-    partitioning = partitioning_of(sharding, student, needs_whole_rows="`function`")
-    of_arrays = partial(_loss_of_arrays, function, partitioning, ignore_index, chunk_size)
-    return on_auto_axes(partitioning, of_arrays, student, labels, per_row, shared, weights, normalizer)
-
 
 def _loss_of_arrays(
     function: RowFunction,
@@ -118,14 +183,9 @@ def _loss_of_arrays(
     weights: Any,
     normalizer: Any,
 ) -> tuple[jax.Array, Metrics]:
-    leading_shape = student.leading_shape
-    student, per_row = flat_tree(partitioning, (student, per_row), leading_shape)
-    per_row = jax.tree.map(lambda x: x.prepared() if _is_source(x) else x, per_row, is_leaf=_is_source)
-    teachers = [x for x in jax.tree.leaves(per_row, is_leaf=_is_source) if _is_source(x)]
-    chunks = rows_of_chunk(chunk_size, student, *teachers, partitioning=partitioning)
     rows = count_rows(
         partitioning,
-        leading_shape,
+        student.leading_shape,
         student.vocabulary,
         student.dtype,
         labels=labels,
@@ -133,11 +193,49 @@ def _loss_of_arrays(
         normalizer=normalizer,
         ignore_index=ignore_index,
     )
-    loss = FunctionLoss(function, rows.labels, rows.weights, per_row, jax.tree.map(jnp.asarray, shared))
-    loss = replace(loss, metrics=names_of_metrics(loss, student, chunks.piece))
+    loss, student, chunks = _in_chunks(function, partitioning, chunk_size, student, rows, per_row, shared)
     sums = sum_rows(loss, student, rows.is_counted, rows.normalizer, Plan(chunks, partitioning))
     metrics = {name: sums[name] for name in loss.metrics} | {"num_rows": rows.num_rows}
     return sums["loss"], metrics_of(metrics)
+
+
+def _rows_of_arrays(
+    function: RowFunction,
+    partitioning: Partitioning,
+    ignore_index: int,
+    chunk_size: int | None,
+    student: Any,
+    labels: Any,
+    per_row: Any,
+    shared: Any,
+) -> jax.Array:
+    leading_shape = student.leading_shape
+    rows = count_rows(
+        partitioning, leading_shape, student.vocabulary, student.dtype, labels=labels, ignore_index=ignore_index
+    )
+    loss, student, chunks = _in_chunks(function, partitioning, chunk_size, student, rows, per_row, shared)
+    if loss.metrics:
+        raise TypeError(f"`function` returns metrics {sorted(loss.metrics)}; give (C,) alone")
+    values = map_rows(loss, student, rows.is_counted, Plan(chunks, partitioning))
+    return with_leading_axes(partitioning, values["loss"], leading_shape)
+
+
+def _in_chunks(
+    function: RowFunction,
+    partitioning: Partitioning,
+    chunk_size: int | None,
+    student: Any,
+    rows: CountedRows,
+    per_row: Any,
+    shared: Any,
+) -> tuple["FunctionLoss", Any, Chunks]:
+    """The function as a row loss, the flat student, and how many of its rows are together."""
+    student, per_row = flat_tree(partitioning, (student, per_row), student.leading_shape)
+    per_row = jax.tree.map(lambda x: x.prepared() if _is_source(x) else x, per_row, is_leaf=_is_source)
+    teachers = [x for x in jax.tree.leaves(per_row, is_leaf=_is_source) if _is_source(x)]
+    chunks = rows_of_chunk(chunk_size, student, *teachers, partitioning=partitioning)
+    loss = FunctionLoss(function, rows.labels, rows.weights, per_row, jax.tree.map(jnp.asarray, shared))
+    return replace(loss, metrics=names_of_metrics(loss, student, chunks.piece)), student, chunks
 
 
 @jax.tree_util.register_dataclass
@@ -168,7 +266,10 @@ class FunctionLoss:
             weights=take_rows(self.weights, index),
         )
 
-    def weighted(self, weights: Float[Array, " N"]) -> "FunctionLoss":
+    def saving(self) -> "FunctionLoss":
+        return self
+
+    def weighted(self, weights: Float[Array, " N"], saved: dict[str, Float[Array, " N"]]) -> "FunctionLoss":
         return replace(self, weights=weighted(self.weights, weights))
 
     def __call__(

@@ -9,22 +9,23 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.divergences import AnyDivergence, Divergence, check_divergence, forward_kl, jensen_shannon
-from jaxkd.kernels import Chunk, ChunkRows, RowLosses, RowOptions, VocabularyShards, row_losses_for
+from jaxkd.divergences import AnyDivergence, check_divergence, forward_kl, jensen_shannon
+from jaxkd.kernels import ChunkRows, RowLosses, RowOptions, row_losses_for
 from jaxkd.logits import LinearLogits, Place, Source, take_rows
-from jaxkd.loop import Metrics, Plan, Sharding, count_rows, metrics_of, rows_of_chunk, sum_rows, weighted
+from jaxkd.loop import Metrics, Sharding, count_rows, metrics_of, sum_rows, weighted
 from jaxkd.loop.checks import (
     check_row_arguments,
     check_same_rows,
     check_scalar,
     check_source,
     check_vocabulary,
-    check_widths,
+    known_to_be,
     known_value,
     sound_temperature,
 )
-from jaxkd.loop.flattening import check_sources, flat_sources, on_auto_axes, splits_vocabulary
-from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
+from jaxkd.loop.flattening import on_auto_axes
+from jaxkd.loop.partitioning import ROWS, Partitioning
+from jaxkd.losses.flat_models import flat_models, partitioning_of_models
 from jaxkd.teachers import Teacher, TeacherRows, check_teacher, rows_of
 
 
@@ -74,7 +75,8 @@ def distillation_loss(
       temperature: divides both models' logits in the soft loss. The loss is not multiplied by its square, as it is in
         Hinton's recipe: pass ``soft_weight=temperature**2 * w`` for that. A traced one that is not above 0, which no
         error can name, makes the loss NaN.
-      soft_weight, hard_weight: the weights of the two parts; a non-zero ``hard_weight`` needs labels.
+      soft_weight, hard_weight: the weights of the two parts; a non-zero ``hard_weight`` needs labels. With the number 0
+        for ``soft_weight`` the teacher's head is not multiplied.
       ignore_index: the label of a row that does not count.
       weights: (...) non-negative factors of the rows, or None for 1.
       normalizer: what divides the sum; None is the sum of the counted rows' weights. With the token count of a global
@@ -97,9 +99,9 @@ def distillation_loss(
 
     Returns:
       The loss, a float32 scalar (float64 for float64), and metrics ``{"soft", "hard", "num_rows"}``: the two parts,
-      normalised as the loss is but not weighted by ``soft_weight`` and ``hard_weight`` ("hard" is 0 without labels),
-      and the number of rows that count, for either part. Metrics are for reading and carry no gradient: to change what
-      is trained on, use ``soft_weight`` and ``hard_weight``.
+      normalised as the loss is but not weighted by ``soft_weight`` and ``hard_weight`` ("hard" is 0 without labels,
+      "soft" where ``soft_weight`` is the number 0), and the number of rows that count, for either part. Metrics are for
+      reading and carry no gradient: to change what is trained on, use ``soft_weight`` and ``hard_weight``.
 
     Raises:
       TypeError, ValueError: shapes, types or values that do not fit, named, before any work.
@@ -231,7 +233,7 @@ class _Arguments:
         )
         check_scalar("soft_weight", self.soft_weight, at_least=0)
         check_scalar("hard_weight", self.hard_weight, at_least=0)
-        if self.labels is None and not _is(self.hard_weight, 0):
+        if self.labels is None and not known_to_be(self.hard_weight, 0):
             what = "traced" if known_value(self.hard_weight) is None else self.hard_weight
             raise ValueError(f"`hard_weight` is {what} but there are no `labels`; give labels or leave it 0")
         check_vocabulary(self.vocabulary)
@@ -240,13 +242,8 @@ class _Arguments:
         return RowOptions(
             vocabulary=self.vocabulary or "truncate",
             has_labels=self.labels is not None,
-            is_tempered=not _is(self.temperature, 1),
+            is_tempered=not known_to_be(self.temperature, 1),
         )
-
-
-def _is(value: Any, number: int) -> bool:
-    """Whether it is a Python number, and this one: then it is known whatever is traced."""
-    return isinstance(value, (int, float)) and value == number
 
 
 def _distillation_loss(
@@ -254,44 +251,27 @@ def _distillation_loss(
 ) -> tuple[jax.Array, Metrics]:
     arguments.check(student, teacher, prefixes)
     rows = rows_of(teacher, arguments.temperature)
-    needs_whole_rows = None
-    if not isinstance(arguments.divergence, Divergence):
-        needs_whole_rows = "this `divergence`"
-    elif not splits_vocabulary(rows):
-        needs_whole_rows = f"a {type(teacher).__name__} as `teacher`"
-    partitioning = partitioning_of(arguments.sharding, student, needs_whole_rows)
-    check_sources(partitioning, student, rows)
-    if arguments.divergence.vocabulary == "common" and not rows.IN_BUCKETS:
-        check_widths(
-            *(partitioning.whole_width(x.vocabulary) for x in (student, rows)), vocabulary=arguments.vocabulary
-        )
+    partitioning = partitioning_of_models(
+        arguments.sharding, student, teacher, rows, arguments.divergence, arguments.vocabulary
+    )
+    has_soft = not known_to_be(arguments.soft_weight, 0)
     function = partial(_loss_of_arrays, partitioning=partitioning, options=arguments.row_options())
-    return on_auto_axes(partitioning, function, student, rows, arguments)
+    return on_auto_axes(partitioning, function, student, rows if has_soft else None, arguments)
 
 
 def _loss_of_arrays(
     student: Any, teacher: Any, arguments: _Arguments, *, partitioning: Partitioning, options: RowOptions
 ) -> tuple[jax.Array, Metrics]:
-    leading_shape = student.leading_shape
-    widths = partitioning.whole_width(student.vocabulary), partitioning.whole_width(teacher.vocabulary)
-    if partitioning.vocabulary:
-        options = replace(options, shards=VocabularyShards(partitioning.vocabulary, *widths))
-    student, teacher = flat_sources(partitioning, student, teacher, truncate=options.vocabulary == "truncate")
-    teacher, dtype = teacher.prepared(), student.dtype
-
-    chunks = rows_of_chunk(arguments.chunk_size, student, teacher, partitioning=partitioning)
-    chunk = Chunk(
-        partitioning.gather_size * chunks.size,
-        partitioning.local_width(student.vocabulary),
-        partitioning.local_width(teacher.vocabulary),
-        dtype,
-        is_shard=options.shards is not None,
-    )
-    divergence = jax.tree.map(lambda x: jnp.asarray(x, dtype), arguments.divergence)
+    models = flat_models(partitioning, student, teacher, vocabulary=options.vocabulary, chunk_size=arguments.chunk_size)
+    dtype, teacher = models.student.dtype, models.teacher
+    divergence = None
+    if teacher is not None:
+        divergence = jax.tree.map(lambda x: jnp.asarray(x, dtype), arguments.divergence)
+    in_buckets = teacher is not None and teacher.IN_BUCKETS
     rows = count_rows(
         partitioning,
-        leading_shape,
-        widths[0],
+        models.leading_shape,
+        models.width,
         dtype,
         labels=arguments.labels,
         weights=arguments.weights,
@@ -308,10 +288,10 @@ def _loss_of_arrays(
         hard_weight=jnp.asarray(arguments.hard_weight, dtype),
         temperature=sound_temperature(arguments.temperature, dtype),
         divergence=divergence,
-        row_losses=row_losses_for(arguments.implementation, chunk, divergence, in_buckets=teacher.IN_BUCKETS),
-        options=options,
+        row_losses=row_losses_for(arguments.implementation, models.chunk, divergence, in_buckets=in_buckets),
+        options=replace(options, shards=models.shards),
     )
-    sums = sum_rows(loss, student, rows.is_counted, rows.normalizer, Plan(chunks, partitioning))
+    sums = sum_rows(loss, models.student, rows.is_counted, rows.normalizer, models.plan)
     return sums["loss"], metrics_of({"soft": sums["soft"], "hard": sums["hard"], "num_rows": rows.num_rows})
 
 
@@ -320,14 +300,14 @@ def _loss_of_arrays(
 class _RowLoss:
     """The weighted sum of the soft and the hard loss of each row, for the loop over chunks."""
 
-    teacher: TeacherRows
+    teacher: TeacherRows | None
     labels: Any
     weights: Any
     label_weights: Any  # of the hard loss, where they are others; else None
     soft_weight: Any
     hard_weight: Any
     temperature: Any
-    divergence: AnyDivergence
+    divergence: AnyDivergence | None
     row_losses: RowLosses = field(metadata={"static": True})
     options: RowOptions = field(metadata={"static": True})
     names = ("loss", "soft", "hard")
@@ -336,7 +316,7 @@ class _RowLoss:
     def take(self, index: Int[Array, " C"]) -> "_RowLoss":
         return replace(
             self,
-            teacher=self.teacher.take(index),
+            teacher=None if self.teacher is None else self.teacher.take(index),
             labels=take_rows(self.labels, index),
             weights=take_rows(self.weights, index),
             label_weights=None if self.label_weights is None else take_rows(self.label_weights, index),
@@ -348,17 +328,17 @@ class _RowLoss:
         hard_weights = self.weights if self.label_weights is None else self.label_weights
         rows = ChunkRows(
             student=logits,
-            teacher=self.teacher.compared(logits.dtype),
+            teacher=None if self.teacher is None else self.teacher.compared(logits.dtype),
             labels=self.labels,
             soft_scale=self.soft_weight * self.weights,
             hard_scale=self.hard_weight * hard_weights,
             temperature=self.temperature,
             divergence=self.divergence,
         )
-        soft, hard, gradient = self.row_losses(rows, replace(self.options, gradient_dtype=gradient_dtype), place)
+        result = self.row_losses(rows, replace(self.options, gradient_dtype=gradient_dtype), place)
         sums = {
-            "loss": weighted(rows.soft_scale, soft) + weighted(rows.hard_scale, hard),
-            "soft": weighted(self.weights, soft),
-            "hard": weighted(hard_weights, hard),
+            "loss": weighted(rows.soft_scale, result.soft) + weighted(rows.hard_scale, result.hard.loss),
+            "soft": weighted(self.weights, result.soft),
+            "hard": weighted(hard_weights, result.hard.loss),
         }
-        return sums, gradient
+        return sums, result.gradient

@@ -1,0 +1,120 @@
+"""The divergence between teacher and student of every row without the (N, V) logits of either."""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+from jaxkd.divergences import AnyDivergence, check_divergence, forward_kl
+from jaxkd.logits import Source
+from jaxkd.loop import Sharding, count_rows
+from jaxkd.loop.checks import (
+    check_row_arguments,
+    check_same_rows,
+    check_scalar,
+    check_source,
+    check_vocabulary,
+    known_to_be,
+)
+from jaxkd.loop.flattening import on_auto_axes
+from jaxkd.loop.partitioning import Partitioning
+from jaxkd.losses.flat_models import flat_models, partitioning_of_models
+from jaxkd.losses.token_values import token_values
+from jaxkd.teachers import Teacher, check_teacher, rows_of
+
+
+def token_divergences(
+    student: Source,
+    teacher: Teacher,
+    labels: ArrayLike | None = None,
+    *,
+    divergence: AnyDivergence = forward_kl,
+    temperature: ArrayLike = 1.0,
+    mask: ArrayLike | None = None,
+    ignore_index: int = -100,
+    vocabulary: str | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    sharding: Sharding | None = None,
+) -> jax.Array:
+    """The soft loss of `distillation_loss` of every row, for weights that come later, such as a policy's advantages.
+
+    Differentiable in all arrays of ``student``, each row with a gradient of its own: the backward pass forms the logits
+    again, a chunk at a time (five products with the heads in all, where `distillation_loss` takes four); the
+    log-normalisers and the sum of the slopes of each row are kept. A row that does not count has 0 and no gradient, and
+    is never looked at.
+
+    Args:
+      student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`.
+      teacher: any that `distillation_loss` takes. No gradient ever reaches it.
+      labels: (...) integers or None: a row counts whose label is not ``ignore_index``. One outside the vocabulary gives
+        NaN.
+      divergence, temperature, vocabulary: as in `distillation_loss`; constants to differentiation.
+      mask: (...) booleans or None: a row counts where it is True, too.
+      ignore_index, chunk_size, implementation, sharding: as in `distillation_loss`.
+
+    Returns:
+      (...) float32 (float64 for float64).
+
+    Raises:
+      TypeError, ValueError: shapes, types or values that do not fit, named, before any work.
+
+    >>> import jaxkd, jax.numpy as jnp
+    >>> student = jaxkd.LinearLogits(jnp.ones((2, 2)), jnp.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
+    >>> teacher = jaxkd.LinearLogits(jnp.ones((2, 1)), jnp.array([[0.0], [1.0], [3.0]]))
+    >>> first, second = token_divergences(student, teacher, mask=jnp.array([True, False]))
+    >>> print(f"{first:.4f} {second:.4f}")
+    0.1834 0.0000
+    """
+    check_source(student, "student.")
+    check_divergence(divergence)
+    check_scalar("temperature", temperature, above=0)
+    check_teacher(teacher, "teacher.", student, divergence, temperature)
+    name = f"student.{student.ROWS}"
+    check_same_rows(student, teacher, (name, f"teacher.{teacher.ROWS}"))
+    check_row_arguments(student, name, labels=labels, mask=mask, ignore_index=ignore_index, chunk_size=chunk_size)
+    check_vocabulary(vocabulary)
+    rows = rows_of(teacher, temperature)
+    partitioning = partitioning_of_models(sharding, student, teacher, rows, divergence, vocabulary)
+    is_tempered = not known_to_be(temperature, 1)
+    of_arrays = partial(
+        _divergences_of_arrays, partitioning, ignore_index, is_tempered, vocabulary, chunk_size, implementation
+    )
+    arrays = student, rows, labels, mask, divergence, temperature
+    return on_auto_axes(partitioning, of_arrays, *arrays, gives_rows=True)
+
+
+def _divergences_of_arrays(
+    partitioning: Partitioning,
+    ignore_index: int,
+    is_tempered: bool,
+    vocabulary: str | None,
+    chunk_size: int | None,
+    implementation: str | None,
+    student: Any,
+    teacher: Any,
+    labels: Any,
+    mask: Any,
+    divergence: AnyDivergence,
+    temperature: Any,
+) -> jax.Array:
+    models = flat_models(partitioning, student, teacher, vocabulary=vocabulary, chunk_size=chunk_size)
+    rows = count_rows(
+        partitioning,
+        models.leading_shape,
+        models.width,
+        student.dtype,
+        labels=labels,
+        weights=mask,
+        ignore_index=ignore_index,
+    )
+    return token_values(
+        models,
+        rows,
+        divergence=divergence,
+        temperature=temperature,
+        is_tempered=is_tempered,
+        vocabulary=vocabulary,
+        implementation=implementation,
+    )

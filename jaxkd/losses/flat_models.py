@@ -1,0 +1,82 @@
+"""Student and teacher as the loop over chunks has them, and how many rows of them are together."""
+
+from typing import Any, NamedTuple
+
+from jaxkd.divergences import AnyDivergence, Divergence
+from jaxkd.kernels import Chunk, VocabularyShards
+from jaxkd.loop import Plan, Sharding, rows_of_chunk
+from jaxkd.loop.checks import check_widths
+from jaxkd.loop.flattening import check_sources, flat_sources, splits_vocabulary
+from jaxkd.loop.partitioning import Partitioning, partitioning_of
+
+
+def partitioning_of_models(
+    sharding: Sharding | None,
+    student: Any,
+    teacher: Any,
+    rows: Any,
+    divergence: AnyDivergence,
+    vocabulary: str | None,
+) -> Partitioning:
+    """What each device has of two models; ``rows`` are the teacher's, as the loop takes them.
+
+    Raises:
+      ValueError: models that cannot be split so, or whose widths differ without a word on it.
+    """
+    needs_whole_rows = None
+    if not isinstance(divergence, Divergence):
+        needs_whole_rows = "this `divergence`"
+    elif not splits_vocabulary(rows):
+        needs_whole_rows = f"a {type(teacher).__name__} as `teacher`"
+    partitioning = partitioning_of(sharding, student, needs_whole_rows)
+    check_sources(partitioning, student, rows)
+    if divergence.vocabulary == "common" and not rows.IN_BUCKETS:
+        check_widths(*(partitioning.whole_width(x.vocabulary) for x in (student, rows)), vocabulary=vocabulary)
+    return partitioning
+
+
+class FlatModels(NamedTuple):
+    """With one leading axis, filled up so that all devices have as much.
+
+    Args:
+      teacher: None for a loss of one head.
+      width: of the student's vocabulary.
+      shards: how the vocabulary is split over devices, or None.
+      chunk: the shape of a chunk's logits on a device.
+    """
+
+    student: Any
+    teacher: Any
+    leading_shape: tuple[int, ...]
+    width: int
+    shards: VocabularyShards | None
+    chunk: Chunk
+    plan: Plan
+
+
+def flat_models(
+    partitioning: Partitioning,
+    student: Any,
+    teacher: Any = None,
+    *,
+    vocabulary: str | None = None,
+    chunk_size: int | None = None,
+) -> FlatModels:
+    """Of full arrays, on the Auto axes of a mesh; ``vocabulary`` is that of `distillation_loss`."""
+    leading_shape, width = student.leading_shape, partitioning.whole_width(student.vocabulary)
+    teacher_width = width if teacher is None else partitioning.whole_width(teacher.vocabulary)
+    shards = None
+    if partitioning.vocabulary:
+        shards = VocabularyShards(partitioning.vocabulary, width, teacher_width)
+    student, teacher = flat_sources(partitioning, student, teacher, truncate=vocabulary != "mask")
+    teachers = () if teacher is None else (teacher.prepared(),)
+    chunks = rows_of_chunk(chunk_size, student, *teachers, partitioning=partitioning)
+    chunk = Chunk(
+        partitioning.gather_size * chunks.size,
+        partitioning.local_width(student.vocabulary),
+        partitioning.local_width(teacher.vocabulary) if teachers else None,
+        student.dtype,
+        is_shard=shards is not None,
+    )
+    plan = Plan(chunks, partitioning)
+    return FlatModels(student, teachers[0] if teachers else None, leading_shape, width, shards, chunk, plan)
