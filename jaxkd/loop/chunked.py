@@ -114,8 +114,7 @@ def map_rows(loss: RowValues, student: Source, is_counted: Counted, plan: Plan) 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _map_rows(plan: Plan, probe: Any, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
-    rows = spec(plan.partitioning, (ROWS,))
-    return _on_mesh(plan, partial(_values, plan), dict.fromkeys(loss.names, rows), is_counted, loss, student)
+    return _values_on_mesh(plan, is_counted, loss, student)
 
 
 def _map_rows_forward(plan: Plan, *arguments: Any) -> tuple[dict[str, jax.Array], Any]:
@@ -126,7 +125,7 @@ def _map_rows_forward(plan: Plan, *arguments: Any) -> tuple[dict[str, jax.Array]
     # An empty array marks a field that is not wanted, for the reason above.
     marks = {name: jnp.zeros((int(name in _perturbed(student)),)) for name in vars(student)}
     _, is_counted, primal_loss, primal_student = primals
-    values = _map_rows(plan, probe.value, is_counted, primal_loss.saving(), primal_student)
+    values = _values_on_mesh(plan, is_counted, primal_loss.saving(), primal_student)
     saved = {name: x for name, x in values.items() if name not in primal_loss.names}
     return {name: values[name] for name in primal_loss.names}, (primals, saved, marks)
 
@@ -159,6 +158,11 @@ def _gathered(plan: Plan, student: Any, name: str, field: Any) -> Any:
 
 _map_rows.defvjp(_map_rows_forward, _map_rows_backward, symbolic_zeros=True)
 _map_rows_compiled = jax.jit(_map_rows, static_argnums=0)
+
+
+def _values_on_mesh(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
+    rows = spec(plan.partitioning, (ROWS,))
+    return _on_mesh(plan, partial(_values, plan), dict.fromkeys(loss.names, rows), is_counted, loss, student)
 
 
 def _values(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:

@@ -166,7 +166,7 @@ def test_closed_tokens():
     )
     np.testing.assert_array_equal(np.isinf(values), [False, True, False])
     assert not np.any(gradient.values[:, 2])
-    assert np.isfinite(gradient.values[[0, 2]]).all()
+    assert np.isfinite(gradient.values[::2]).all()
 
 
 def test_identical_models():
