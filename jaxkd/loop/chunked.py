@@ -175,7 +175,8 @@ def _values(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[st
         return {name: set_rows(values[name], index, own_rows(partitioning, x)) for name, x in rows.items()}
 
     values = {name: jnp.zeros(student.leading_shape, student.dtype) for name in loss.names}
-    return _for_each_chunk(plan.chunks.piece, is_counted, student, partitioning, chunk, values)
+    values = _for_each_chunk(plan.chunks.piece, is_counted, student, partitioning, chunk, values)
+    return _differentiable(plan, is_counted, student, values)
 
 
 # The loop.
@@ -228,7 +229,11 @@ def _loop(
     chunk_pass = ChunkPass(plan, loss, student, inverse, primal_dtypes)
     start = chunk_pass.start(is_every_row_counted=is_counted is None)
     state = _for_each_chunk(plan.chunks.size, is_counted, student, plan.partitioning, chunk_pass, start)
-    results = chunk_pass.finish(state)
+    return _differentiable(plan, is_counted, student, chunk_pass.finish(state))
+
+
+def _differentiable(plan: Plan, is_counted: Counted, student: Source, results: Any) -> Any:
+    """What a loop gives: how many chunks it runs, which the reverse mode would need, may not be known at tracing."""
     has_unknown_trips = is_counted is not None and student.leading_shape[0] > plan.chunks.piece
     return reverse_once(results) if has_unknown_trips else results
 

@@ -1,5 +1,6 @@
 """Losses over eight virtual CPU devices, held to those of one."""
 
+import functools
 import re
 
 import cases
@@ -170,6 +171,7 @@ def test_label_outside_the_vocabulary_is_nan():
     assert np.isnan(value_and_grad(sharding=sharding)(student, teacher, labels, weights)[0][0])
 
 
+@functools.cache
 def one_head_and_rows(sharding):
     """The cross-entropy, its metrics, and numbers of rows, as one program."""
 
@@ -188,7 +190,9 @@ def one_head_and_rows(sharding):
     return jax.jit(jax.value_and_grad(of, has_aux=True))
 
 
-@pytest.mark.parametrize("name", ["rows_8", "vocabulary_8", "fsdp_8", "both_2x4"])
+@pytest.mark.parametrize(
+    "name", ["vocabulary_8", "both_2x4", *(pytest.param(x, marks=pytest.mark.slow) for x in ("rows_8", "fsdp_8"))]
+)
 def test_one_head_and_rows(name):
     """With rows and a vocabulary that nothing divides: columns of the filling are no tokens, in no mean of them."""
     shape, rows, vocabulary = LAYOUTS[name]
