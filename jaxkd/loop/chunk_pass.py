@@ -64,11 +64,10 @@ class ChunkPass:
             nothing = jax.lax.empty if is_every_row_counted else jnp.zeros  # every piece is run if every row counts
             num_rows = self.plan.partitioning.gather_size * self.plan.chunks.size
             dlogits = nothing((num_rows, self.student.vocabulary), self.gradient_dtype)
+        started = {self.student.ROWS} & self.wanted if bare else self.wanted
         return State(
             sums={name: jnp.zeros((), self.student.dtype) for name in self.loss.names},
-            gradients={
-                name: self._zeros(name) for name in sorted(self.wanted) if name == self.student.ROWS or not bare
-            },
+            gradients={name: self._zeros(name) for name in sorted(started)},
             dlogits=dlogits,
         )
 
