@@ -49,6 +49,8 @@ def liger(kind: Kind, compiled: bool) -> dict[str, MakeLoss]:
 
 def has_cute(operation: str) -> bool:
     """Whether Liger can run its CuTe DSL kernel: nvidia-cutlass-dsl, apache-tvm-ffi and a Hopper GPU or newer."""
+    if importlib.util.find_spec("cutlass") is None:
+        return False
     import liger_kernel.functional  # noqa: F401  (declares the operations)
     from liger_kernel.backends import available_impls
 

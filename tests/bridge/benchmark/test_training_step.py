@@ -1,4 +1,4 @@
-"""`python -m torch_bridge.benchmark --training-step`: the same training whatever forms the loss, and what is measured."""
+"""`python -m torch_bridge.benchmark --training-step`: one training whatever forms the loss, and what is seen of it."""
 
 import json
 from functools import partial
