@@ -32,7 +32,8 @@ def jaxkd_divergence(implementation: str | None, chunk_size: int | None, task: T
 def jax_dense(exact: bool, task: Task) -> Loss:
     """All logits at once, in float32 where they are ``exact``, else rounded to the arrays' type.
 
-    On a CPU XLA keeps the digits of a product in bfloat16 that is made float32 at once: there neither is rounded.
+    Exact ones make JAX multiply their float32 gradient by the bfloat16 arrays. On a CPU neither is rounded: XLA keeps
+    the digits of a product in bfloat16 that is made float32 at once.
     """
 
     def log_softmax(hidden, weight):
