@@ -26,9 +26,9 @@ def contenders(kind: Kind, shape: Shape, rows: int, device: str, compiled: bool 
         "JAX dense, exact logits": partial(prepare_jax, partial(dense, True)),
         "JAX dense, rounded logits": partial(prepare_jax, partial(dense, False)),
     }
-    for name in implementations(shape, rows, device):
+    for name in implementations(kind, shape, rows, device):
         found[f"jaxkd {name}"] = partial(prepare_jax, partial(ours, name, None))
-    default = default_contender(shape, rows, device)
+    default = default_contender(kind, shape, rows, device)
     for chunk_size in CHUNK_SIZES:
         if chunk_size < rows and kind in ("divergence", "cross-entropy"):
             chunked = partial(ours, default.removeprefix("jaxkd "), chunk_size)
@@ -39,12 +39,13 @@ def contenders(kind: Kind, shape: Shape, rows: int, device: str, compiled: bool 
     return found | {name: partial(prepare_torch, peer) for name, peer in peers(kind, device, compiled).items()}
 
 
-def implementations(shape: Shape, rows: int, device: str) -> list[str]:
+def implementations(kind: Kind, shape: Shape, rows: int, device: str) -> list[str]:
     """jaxkd's implementations that can run this, the one it takes by itself first."""
-    chunk = Chunk(min(rows, min(CHUNK_SIZES)), shape.vocabulary, shape.vocabulary, jnp.dtype(jnp.float32))
+    teacher_width = None if kind in ONE_HEAD else shape.vocabulary
+    chunk = Chunk(min(rows, min(CHUNK_SIZES)), shape.vocabulary, teacher_width, jnp.dtype(jnp.float32))
     kernels = [name for name in ("mosaic", "triton") if device == "cuda" and not obstacle(name, chunk)]
     return [*kernels, "xla"]
 
 
-def default_contender(shape: Shape, rows: int, device: str) -> str:
-    return f"jaxkd {implementations(shape, rows, device)[0]}"
+def default_contender(kind: Kind, shape: Shape, rows: int, device: str) -> str:
+    return f"jaxkd {implementations(kind, shape, rows, device)[0]}"

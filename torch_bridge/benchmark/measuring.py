@@ -73,12 +73,13 @@ def _plan(
     for floor in FLOORS:
         if any(TASKS[name].floor == floor for name in wanted):
             yield Result("products", floor), partial(prepare_products, batch, floor), None
-    some = {default_contender(shape, rows, settings.device), *IN_PARTS}
     for _, names in groupby(wanted, lambda name: (TASKS[name].kind, TASKS[name].divergence, TASKS[name].ignored)):
         tasks = list(names)
         exact = exact_outputs(batch, TASKS[tasks[0]])
         for task in tasks:
-            every = contenders(TASKS[task].kind, shape, rows, settings.device, settings.compiled)
+            kind = TASKS[task].kind
+            some = {default_contender(kind, shape, rows, settings.device), *IN_PARTS}
+            every = contenders(kind, shape, rows, settings.device, settings.compiled)
             for name, prepare in every.items():
                 is_chosen = not settings.only or any(word in name for word in settings.only)
                 if is_chosen and (name in some or not TASKS[task].part_of):
