@@ -4,7 +4,8 @@ A step of AdamW on a student of Qwen3-0.6B's size (grouped-query attention with 
 positions, SwiGLU, embedding and head tied; all in bfloat16, every layer recomputed in the backward pass) that learns
 from given hidden states and head of a teacher by the Jensen-Shannon divergence: with jaxkd, dense with exact and with
 rounded logits, and the step without a loss, which takes the mean of the hidden states. Tokens, teacher and parameters
-are random. The contenders train the same parameters in turn; memory is XLA's plan of temporaries.
+are random. The contenders train the same parameters in turn; memory is XLA's plan of temporaries, and a GPU's memory is
+JAX's as it takes it by default.
 """
 
 from collections.abc import Callable, Sequence
