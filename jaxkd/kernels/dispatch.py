@@ -17,6 +17,7 @@ from jaxkd.kernels.term_primitives import lacking
 from jaxkd.logits import Place
 from jaxkd.loop.collectives import is_checked
 from jaxkd.loop.handed_functions import check_elementwise
+from jaxkd.loop.platform import target_device, target_platform
 
 _kernels: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
@@ -137,27 +138,6 @@ def _mosaic_obstacle(chunk: Chunk) -> str | None:
     if kernel.shared_memory(width) > kernel.SHARED_MEMORY:
         return f"a row of V={width} does not fit the shared memory of a cluster"
     return None
-
-
-def target_platform() -> str:
-    """The platform that is compiled for: that of the abstract mesh in use, if it names one, else of JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:  # a mesh of real GPUs says "gpu", whosever they are
-        return "cuda" if device.platform == "gpu" and device.device_kind.startswith("NVIDIA") else device.platform
-    device = _default_device()
-    is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
-    return "cuda" if is_cuda else device.platform
-
-
-def target_device() -> str:
-    """The kind of device that is compiled for, such as "NVIDIA H100 80GB HBM3"."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device or _default_device()).device_kind
-
-
-def _default_device() -> jax.Device:
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
 def _cuda_else_xla(name: str, rows: ChunkRows, options: RowOptions, place: Place | None = None) -> RowResult:

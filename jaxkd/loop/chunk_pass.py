@@ -30,7 +30,7 @@ class State(NamedTuple):
     """What the loop carries."""
 
     sums: Sums
-    gradients: Gradients  # of the wanted fields, over the chunks so far
+    gradients: Gradients  # of the wanted fields, over the chunks so far; before the first those of rows alone
     dlogits: Float[Array, "C V"] | None  # of a chunk, where they come a piece at a time
 
 
@@ -57,15 +57,17 @@ class ChunkPass:
     def num_pieces(self) -> int:
         return self.plan.chunks.size // self.plan.chunks.piece
 
-    def start(self, is_every_row_counted: bool) -> State:
+    def start(self, is_every_row_counted: bool, bare: bool = False) -> State:
+        """Before the first chunk; ``bare`` of the zeros that other gradients than those of rows are added to."""
         dlogits = None
         if self.wanted and self.num_pieces > 1:  # one array for the gradients of all chunks' logits
             nothing = jax.lax.empty if is_every_row_counted else jnp.zeros  # every piece is run if every row counts
             num_rows = self.plan.partitioning.gather_size * self.plan.chunks.size
             dlogits = nothing((num_rows, self.student.vocabulary), self.gradient_dtype)
+        started = {self.student.ROWS} & self.wanted if bare else self.wanted
         return State(
             sums={name: jnp.zeros((), self.student.dtype) for name in self.loss.names},
-            gradients={name: self._zeros(name) for name in sorted(self.wanted)},
+            gradients={name: self._zeros(name) for name in sorted(started)},
             dlogits=dlogits,
         )
 
@@ -111,7 +113,9 @@ class ChunkPass:
     def _added_gradients(self, totals: Gradients, index: Int[Array, " C"], gradients: Gradients) -> Gradients:
         rows = self.student.ROWS
         totals = totals | {
-            name: jax.tree.map(jnp.add, totals[name], g) for name, g in gradients.items() if name != rows
+            name: jax.tree.map(jnp.add, totals[name], g) if name in totals else g
+            for name, g in gradients.items()
+            if name != rows
         }
         if rows in gradients:
             own = scatter_to_own_rows(

@@ -6,20 +6,18 @@ import pytest
 import torch
 
 from torch_bridge.benchmark import __main__ as benchmark
-from torch_bridge.benchmark import contenders
-from torch_bridge.benchmark.contenders import (
-    DIVERGENCES,
-    IGNORE_INDEX,
-    Outputs,
-    Prepared,
-    Shape,
-    exact_outputs,
-    make_batch,
-)
-from torch_bridge.benchmark.measurements import Result, floor_of, of_full, picture, ratio, report, table
+from torch_bridge.benchmark import measuring
+from torch_bridge.benchmark.batches import Shape
+from torch_bridge.benchmark.contenders import contenders
+from torch_bridge.benchmark.measurements import Case, Result, floor_of, of_whole, ratio, report
+from torch_bridge.benchmark.preparing import Prepared
+from torch_bridge.benchmark.tables import picture, rows_table, table
+from torch_bridge.benchmark.tasks import FLOORS, ONE_HEAD, TASKS, Outputs
 
-SMALL = Shape(8, 12, 64)
+SMALL = Case(Shape(8, 12, 64), 16)
 GRADIENTS = ("hidden", "weight")
+WHOLE = [name for name, task in TASKS.items() if not task.part_of]
+SETTINGS = measuring.Settings("cpu", repeats=4, seconds=60, compiled=False, only=[], tasks=["JSD"])
 
 
 def by_name(results):
@@ -28,30 +26,61 @@ def by_name(results):
 
 def test_quick_run_measures_every_task_and_writes_its_results(tmp_path, capsys):
     folder = tmp_path / "new"
-    assert benchmark.main(["--quick", "--device", "cpu", "--repeats", "3", "--out", str(folder)]) == 0
+    only = ["jaxkd xla", "exact logits", "eager"]
+    arguments = ["--quick", "--device", "cpu", "--repeats", "3", "--only", *only, "--out", str(folder)]
+    assert benchmark.main(arguments) == 0
     output = capsys.readouterr().out
     content = json.loads((folder / "benchmark.json").read_text())
     assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert content["device"] == "cpu"
     (shape,) = content["shapes"].values()
+    assert shape["rows"] == 64
     results = by_name(shape["results"])
     for (task, contender), result in results.items():
         assert not result["failure"]
         assert len(result["times"]) == (4 if task == "products" else 3)
         assert contender in output
-        assert f"{result['median'] * 1e3:.1f}" in output
-    assert results["products", "four products"]["of_products"] == 1
-    assert results["JSD", "JAX dense, jit"]["memory"] > results["JSD", "jaxkd xla"]["gradient_bytes"]
+    for floor in FLOORS:
+        assert results["products", floor]["of_products"] == 1
+    jsd = results["JSD", "jaxkd xla"]
+    assert f"{jsd['median'] * 1e3:.1f}" in output
+    assert results["JSD", "JAX dense, exact logits"]["memory"] > jsd["gradient_bytes"]
 
-    tasks = {task for task, contender in results if contender == "jaxkd xla"}
-    assert tasks == set(contenders.TASKS)
-    for task in tasks:
-        errors = results[task, "jaxkd xla"]["errors"]
-        assert errors.keys() == {"loss", *contenders.TASKS[task].wanted}
-        assert errors.pop("loss") < 1e-4
-        assert all(1e-4 < error < 5e-3 for error in errors.values())
-    rounded = results["JSD", "torch eager"]["errors"]  # bfloat16 logits, 2 % apart
-    assert all(rounded[name] > 0.1 for name in GRADIENTS)
+    assert {task for task, contender in results if contender == "jaxkd xla"} == set(TASKS)
+    for contender in ("JAX dense, exact logits", "torch eager"):
+        assert {task for task, name in results if name == contender} == set(WHOLE)
+    for (task, contender), result in results.items():
+        if task == "products":
+            continue
+        errors = result["errors"]
+        assert errors.keys() == {"loss", *TASKS[task].wanted}
+        if contender != "torch eager":
+            assert errors.pop("loss") < 1e-4
+            assert all(1e-4 < error < 5e-3 for error in errors.values())
+        elif task in ONE_HEAD:  # rounded logits, whose gradient is one of labels
+            assert all(1e-3 < errors[name] < 2e-2 for name in GRADIENTS)
+        else:  # and of two models that are 2 % apart
+            assert all(0.05 < errors[name] < 1 for name in GRADIENTS)
+
+
+def test_several_numbers_of_rows_are_measured_in_one_run(tmp_path, capsys):
+    arguments = ["--quick", "--device", "cpu", "--repeats", "1", "--tasks", "cross-entropy", "--only", "eager"]
+    assert benchmark.main([*arguments, "--rows", "8", "16", "--shapes", "8/12/64", "--out", str(tmp_path)]) == 0
+    shapes = json.loads((tmp_path / "benchmark.json").read_text())["shapes"]
+    assert {name: found["rows"] for name, found in shapes.items()} == {"8/12/64, 8 rows": 8, "8/12/64, 16 rows": 16}
+    assert [r["contender"] for r in shapes["8/12/64, 8 rows"]["results"]] == ["three products", "torch eager"]
+    assert not (tmp_path / "benchmark.png").exists()  # which is of the JSD
+    assert "milliseconds (workspace in GiB) by rows" in capsys.readouterr().out
+
+
+def test_rows_side_by_side(capsys):
+    cases = {"a": Case(Shape(1, 2, 3), 8), "b": Case(Shape(1, 2, 3), 16)}
+    fast = [Result("JSD", "jaxkd", [t], memory=3 * 2**30, gradient_bytes=2**30) for t in (0.001, 0.0024)]
+    full = Result("JSD", "dense", failure="out of memory")
+    benchmark.Console(width=200).print(rows_table(cases, {"a": [fast[0]], "b": [fast[1], full]}))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "1 / 2 / 3 JSD jaxkd 1.00 (2.00) 2.40 (2.00)" in lines
+    assert "1 / 2 / 3 JSD dense out of memory" in lines
 
 
 def test_a_contender_that_fails_stops_nothing(monkeypatch, capsys):
@@ -64,20 +93,19 @@ def test_a_contender_that_fails_stops_nothing(monkeypatch, capsys):
         def run():
             runs.append(task)
             if len(runs) > 5:
-                raise MemoryError("none left")
+                raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
             return Outputs(torch.tensor(1.0), {})
 
         return Prepared(run, 1234)
 
-    every = contenders.contenders(SMALL, 16, "cpu", compiled=False)
+    every = contenders("divergence", *SMALL, "cpu", compiled=False)
     chosen = {"unfit": unfit, "exhausted": exhausted, "torch eager": every["torch eager"]}
-    monkeypatch.setattr(benchmark, "contenders", lambda *_: chosen)
+    monkeypatch.setattr(measuring, "contenders", lambda *_: chosen)
     lines = []
-    settings = benchmark.Settings("cpu", rows=16, repeats=4, seconds=60, compiled=False, only=[], tasks=["JSD"])
-    results = {r.contender: r for r in benchmark.measure(SMALL, settings, lines.append)}
+    results = {r.contender: r for r in measuring.measure(SMALL, SETTINGS, lines.append)}
     assert results["unfit"].failure == "ValueError: no such [kernel]"
     assert results["unfit"].times == []
-    assert results["exhausted"].failure == "MemoryError: none left"
+    assert results["exhausted"].failure == "out of memory"
     assert len(results["exhausted"].times) == 1  # after the one for its memory, the two of round 0 and one before it
     assert results["exhausted"].memory == 1234
     assert len(results["torch eager"].times) == 4
@@ -90,59 +118,28 @@ def test_a_contender_that_fails_stops_nothing(monkeypatch, capsys):
 
 
 def test_the_time_of_slow_contenders_is_limited():
-    settings = benchmark.Settings("cpu", rows=16, repeats=9, seconds=1.0, compiled=False, only=[], tasks=["JSD"])
-    assert benchmark._has_another_run(Result("JSD", "slow", times=[2.0, 2.0]), settings)
-    assert not benchmark._has_another_run(Result("JSD", "slow", times=[2.0, 2.0, 2.0]), settings)
-    assert benchmark._has_another_run(Result("JSD", "quick", times=[0.1] * 8), settings)
-    assert benchmark._has_another_run(Result("products", "four products", times=[2.0] * 8), settings)
+    assert measuring.has_another_run(Result("JSD", "slow", times=[2.0, 2.0]), seconds=1)
+    assert not measuring.has_another_run(Result("JSD", "slow", times=[2.0, 2.0, 2.0]), seconds=1)
+    assert measuring.has_another_run(Result("JSD", "quick", times=[0.1] * 8), seconds=1)
+    assert measuring.has_another_run(Result("products", "four products", times=[2.0] * 8), seconds=1)
 
 
 def test_ratios_by_hand():
     jsd = Result("JSD", "jaxkd", [0.06, 0.05, 0.09], memory=700, gradient_bytes=300)
     alone, frozen = Result("JSD, loss alone", "jaxkd", [0.03]), Result("JSD, frozen head", "jaxkd", [0.045])
+    labels = Result("cross-entropy", "jaxkd", [0.045])
+    half = Result("cross-entropy, half of the rows ignored", "jaxkd", [0.027])
     other = Result("JSD, frozen head", "other", [0.045])
-    products = [Result("products", "four products", [0.04, 0.08, 0.04]), Result("products", "two products", [0.02])]
-    results = [*products, jsd, alone, frozen, other]
+    times = {"four products": [0.04, 0.08, 0.04], "three products": [0.03], "two products": [0.02]}
+    products = [Result("products", name, found) for name, found in times.items()]
+    results = [*products, jsd, alone, frozen, labels, half, other]
     assert jsd.workspace == 400
-    assert [ratio(r.median, floor_of(results, r.task)) for r in (jsd, alone, frozen)] == pytest.approx(
-        [1.5, 1.5, 1.125]
-    )
-    assert of_full(results, alone) == pytest.approx(0.5)
-    assert of_full(results, frozen) == pytest.approx(0.75)
-    assert of_full(results, jsd) is None
-    assert of_full(results, other) is None
-
-
-@pytest.mark.parametrize("shape", [Shape(8, 12, 640), Shape(12, 8, 640), Shape(8, 8, 640)])
-def test_teacher_is_near_the_student_whatever_their_sizes(shape):
-    batch = make_batch(shape, 64, "cpu")
-    hidden, weight, teacher_hidden, teacher_weight = (x.float() for x in batch.arrays.values())
-    assert (hidden.shape, weight.shape) == ((64, shape.hidden), (640, shape.hidden))
-    assert (teacher_hidden.shape, teacher_weight.shape) == ((64, shape.teacher_hidden), (640, shape.teacher_hidden))
-    logits = hidden @ weight.T
-    gap = (teacher_hidden @ teacher_weight.T - logits).norm() / logits.norm()
-    assert 0.018 < gap < 0.024  # 2 %, and the rounding to bfloat16
-    assert (batch.labels == IGNORE_INDEX).sum() == 32
-    assert ((batch.labels >= 0) & (batch.labels < 640)).sum() == 32
-
-
-@pytest.mark.parametrize("ignored", [False, True])
-def test_truth_does_not_depend_on_how_many_rows_are_taken_at_a_time(monkeypatch, ignored):
-    batch = make_batch(SMALL, 21, "cpu")
-    whole = exact_outputs(batch, "JSD", ignored)
-    monkeypatch.setattr(contenders, "EXACT_LOGITS", 5 * SMALL.vocabulary)
-    parts = exact_outputs(batch, "JSD", ignored)
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
-    for name in GRADIENTS:
-        torch.testing.assert_close(parts.gradients[name], whole.gradients[name])
-
-
-@pytest.mark.parametrize("name", list(DIVERGENCES))
-def test_plain_divergences_are_those_of_the_reference(name):
-    log_p, log_q = torch.randn(2, 5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log_softmax(
-        -1
-    )
-    torch.testing.assert_close(DIVERGENCES[name].plain(torch, log_p, log_q), DIVERGENCES[name].exact(log_p, log_q))
+    measured = (jsd, alone, frozen, labels, half, products[1])
+    assert [ratio(r.median, floor_of(results, r)) for r in measured] == pytest.approx([1.5, 1.5, 1.125, 1.5, 0.9, 1])
+    assert of_whole(results, alone) == pytest.approx(0.5)
+    assert of_whole(results, frozen) == pytest.approx(0.75)
+    assert of_whole(results, half) == pytest.approx(0.6)
+    assert [of_whole(results, r) for r in (jsd, labels, other, products[0])] == [None] * 4
 
 
 def test_picture_leaves_out_chunk_sizes_and_what_has_no_times():
@@ -184,8 +181,12 @@ def test_quick_run_on_cuda(tmp_path):
     (shape,) = json.loads((tmp_path / "benchmark.json").read_text())["shapes"].values()
     results = by_name(shape["results"])
     assert ("JSD", "jaxkd triton") in results
-    for (_, contender), result in results.items():
-        if contender.startswith("jaxkd") or contender in benchmark.FLOORS:
+    for (task, contender), result in results.items():
+        is_ours = contender.startswith("jaxkd") or contender in FLOORS
+        if is_ours:
             assert not result["failure"]
             assert result["memory"] >= result["gradient_bytes"]
-            assert all(error < 5e-3 for error in result["errors"].values())
+        if not result["failure"]:
+            is_exact = is_ours or "exact" in contender or "Liger fused" in contender or "TRL" in contender
+            largest = 2e-2 if not is_ours and task != "products" and TASKS[task].kind in ONE_HEAD else 5e-3
+            assert all(error < (largest if is_exact else 1) for error in result["errors"].values())
