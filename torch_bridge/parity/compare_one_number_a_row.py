@@ -53,7 +53,7 @@ def _cross_entropy(dtype: str, device: str, implementation: str | None) -> list[
 
         def of_jax(inputs: dict[str, Any]) -> Any:
             head = jaxkd.LinearLogits(**inputs, **jax_fixed, **numbers)
-            how = {"chunk_size": CHUNK, "implementation": implementation}
+            how: dict[str, Any] = {"chunk_size": CHUNK, "implementation": implementation}
             return jaxkd.cross_entropy(head, jax_labels, **options, **jax_own, **how)
 
         def of_torch(inputs: Tensors) -> torch.Tensor:
