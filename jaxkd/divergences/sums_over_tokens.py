@@ -41,7 +41,14 @@ def _forward_kl_term(log_p, log_q):
     return weigh(jnp.exp(log_p), log_p - log_q)
 
 
-forward_kl = Divergence(_forward_kl_term, slope_sum=-1.0, is_nonnegative=True)  # the slope is -p
+def _forward_kl_kernel_form(log2_p, log2_q):
+    p = jnp.exp2(log2_p)
+    return weigh(p, (log2_p - log2_q) * LN2), -p
+
+
+forward_kl = Divergence(
+    _forward_kl_term, kernel_form=_forward_kl_kernel_form, slope_sum=-1.0, is_nonnegative=True
+)  # the slope is -p
 """KL(P‖Q) = sum p (log p - log q), the usual distillation loss: the student covers all that the teacher does.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), without its tau**2.
@@ -71,8 +78,8 @@ def _jensen_shannon_slope(log_p, log_q, beta):
 
 def _jensen_shannon_kernel_form(log2_p, log2_q, beta):
     # Probabilities below 2**-126 are 0 here and add nothing; a finite logarithm keeps 0 * inf out.
-    log2_p, log2_q = jnp.maximum(log2_p, -1e4), jnp.maximum(log2_q, -1e4)
     p, q = jnp.exp2(log2_p), jnp.exp2(log2_q)
+    log2_p, log2_q = jnp.maximum(log2_p, -1e4), jnp.maximum(log2_q, -1e4)
     log2_m = jnp.log2(jnp.maximum(beta * p + (1 - beta) * q, 2.0**-126))
     slope = ((1 - beta) * LN2) * (q * (log2_q - log2_m))
     term = (beta * LN2) * (p * (log2_p - log2_m)) + slope
