@@ -7,6 +7,7 @@ the next run under `.pytest_cache` (`pytest --cache-clear` drops it); programs t
 import gc
 import hashlib
 import importlib.util
+import inspect
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 NEEDS_TORCH = ["bridge/*", "*smollm2*.py", "*test_bridge_example.py"]
@@ -43,7 +45,22 @@ def _quick_to_compile():
         os.environ["XLA_FLAGS"] = flags
 
 
+def _check_shapes_where_they_are_said():
+    """jaxtyping wraps every function of the modules in pyproject.toml, most of which say no shape: half of tracing."""
+    checked = jaxtyping.jaxtyped
+
+    def jaxtyped(*, typechecker):
+        def decorated(x):
+            annotations = inspect.get_annotations(x.__init__ if inspect.isclass(x) else x).values()
+            return checked(x, typechecker=typechecker) if "jaxtyping." in str([*annotations]) else x
+
+        return decorated
+
+    jaxtyping.jaxtyped = jaxtyped
+
+
 _quick_to_compile()
+_check_shapes_where_they_are_said()
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; all others see the first
 
 
