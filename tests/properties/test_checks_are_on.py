@@ -30,10 +30,10 @@ def test_shapes_are_checked_in_every_module_listed(request):
 
 def test_wrong_shapes_are_errors():
     """Of a function, of one that a function makes, of a result."""
-    with pytest.raises(TypeCheckError, match="parameters of jaxkd.logits.low_rank.low_rank_product"):
+    with pytest.raises(TypeCheckError, match=r"parameters of .*low_rank_product"):
         low_rank.low_rank_product(jnp.ones((2, 3)), jnp.ones((4, 1)), jnp.ones((1, 5)), jnp.dtype(jnp.float32))
     _, pullback = jaxkd.LinearLogits(jnp.ones((2, 3)), jnp.ones((5, 3)), scale=2.0).logits_and_pullback()
-    with pytest.raises(TypeCheckError, match="parameters of .*locals.*pullback"):
+    with pytest.raises(TypeCheckError, match=r"parameters of .*locals.*pullback"):
         pullback(jnp.ones(5), frozenset({"hidden"}))
     with pytest.raises(TypeCheckError, match="return value"):
         jaxkd.Logits(jnp.ones((2, 3, 4))).logits()
