@@ -1,5 +1,6 @@
 """Losses over eight virtual CPU devices, held to those of one."""
 
+import functools
 import re
 
 import cases
@@ -176,6 +177,40 @@ def test_label_outside_the_vocabulary_is_nan():
     student, teacher, labels, weights = data(13, 101)
     labels[0] = 101
     assert np.isnan(value_and_grad(sharding=sharding)(student, teacher, labels, weights)[0][0])
+
+
+@functools.cache
+def one_head_and_rows(sharding):
+    """The cross-entropy, its metrics, and numbers of rows, as one program."""
+
+    def of(student, teacher, labels, weights):
+        options = {"chunk_size": 3, "sharding": sharding}
+        loss, metrics = jaxkd.cross_entropy(
+            student, labels, label_smoothing=0.2, z_loss=0.1, weights=weights, **options
+        )
+        rows = {
+            "divergences": jaxkd.token_divergences(student, teacher, labels, divergence=jaxkd.reverse_kl, **options),
+            "entropies": jaxkd.token_entropies(student, mask=weights > 0.8, temperature=2.0, **options),
+            "log_probs": jaxkd.token_log_probs(student, labels, temperature=0.7, **options),
+        }
+        return loss + sum(jnp.vdot(x, weights) for x in rows.values()), (metrics, rows)
+
+    return jax.jit(jax.value_and_grad(of, has_aux=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["vocabulary_8", "both_2x4", *(pytest.param(x, marks=pytest.mark.slow) for x in ("rows_8", "fsdp_8"))]
+)
+def test_one_head_and_rows(name):
+    """With rows and a vocabulary that nothing divides: columns of the filling are no tokens, in no mean of them."""
+    shape, rows, vocabulary = LAYOUTS[name]
+    sharding = jaxkd.Sharding(rows, vocabulary, mesh_of(shape, ("x", "y")[: len(shape)]))
+    arrays = data(13, 101)
+    check(one_head_and_rows(sharding)(*arrays), one_head_and_rows(None)(*arrays))
+    arrays[2][0] = 101  # a column of the filling
+    (_, (_, got)), _ = one_head_and_rows(sharding)(*arrays)
+    for label_is_read in ("divergences", "log_probs"):
+        np.testing.assert_array_equal(np.isnan(got[label_is_read]), np.arange(13) == 0)
 
 
 # Shardings of the gradients

@@ -85,6 +85,33 @@ def log_probs(x, total, **options):
     return total(jnp.sum(values * x["upstream"])), {"rows": values}
 
 
+def cross_entropy(x, total, **options):
+    options |= {"label_smoothing": 0.1, "z_loss": 0.1, "weights": x["weights"]}
+    return jaxkd.cross_entropy(models(x)[0], x["labels"], **options)
+
+
+def divergences(x, total, **options):
+    student, teacher = models(x)
+    options |= {"divergence": jaxkd.jensen_shannon(0.3), "mask": x["weights"] > 0.7}
+    values = jaxkd.token_divergences(student, teacher, x["labels"], **options)
+    return total(jnp.sum(values * x["upstream"])), {"rows": values}
+
+
+def entropies(x, total, **options):
+    values = jaxkd.token_entropies(models(x)[0], mask=x["labels"] != -100, **options)
+    return total(jnp.sum(values * x["upstream"])), {"rows": values}
+
+
+def own_rows(x, total, **options):
+    student, teacher = models(x)
+    values = jaxkd.chunked_rows(gap, student, x["labels"], per_row=(teacher, x["weights"]), **options)
+    return total(jnp.sum(values * x["upstream"])), {"rows": values}
+
+
+def gap(*arguments):
+    return squares(*arguments)[0]
+
+
 def statistics(x, total, **options):
     student, teacher = models(x)
     return total(0.0 * jnp.sum(x["hidden"])), jaxkd.token_statistics(
@@ -111,17 +138,23 @@ SUMS = {  # over tokens: the vocabulary may be split
     "jensen_shannon": partial(distillation, jaxkd.jensen_shannon(0.3)),
     "all_rows": all_rows,
     "low_rank": low_rank,
+    "cross_entropy": cross_entropy,
+    "token_divergences": divergences,
+    "token_entropies": entropies,
     "token_log_probs": log_probs,
     "token_statistics": statistics,
 }
 WHOLE = {
     "cosine_distance": partial(distillation, jaxkd.cosine_distance),
     "chunked_loss": partial(own, True),
+    "chunked_rows": own_rows,
     "chunked_loss_all_rows": partial(own, False),
     "hidden_cosine": partial(hidden, jaxkd.hidden_cosine, True),
     "hidden_mse_all_rows": partial(hidden, jaxkd.hidden_mse, False),
     "hidden_mse_projected": partial(projected, jaxkd.hidden_mse),
 }
+
+GIVE_ROWS = ("token_log_probs", "token_divergences", "token_entropies", "token_statistics", "chunked_rows")
 
 # The mesh; the axes of B, of T and of the vocabulary.
 LAYOUTS = {
@@ -212,8 +245,7 @@ def test_layouts(name, layout, kind):
         row_axes = tuple(dict.fromkeys((*batch, *sequence)))
         total = partial(jax.lax.psum, axis_name=row_axes) if row_axes else lambda v: v
         of = value_and_gradients(loss, total, sharding=sharding_of(*axes))
-        of_rows = {"token_log_probs": {"rows": P(batch or None, sequence or None)}}
-        auxiliary = of_rows.get(name, P(batch or None, sequence or None) if name == "token_statistics" else P())
+        auxiliary = P(batch or None, sequence or None) if name in GIVE_ROWS else P()
         out_specs = ((P(), auxiliary), {key: specs[key] for key in DIFFERENTIATED})
         got = jax.jit(jax.shard_map(of, mesh=mesh, in_specs=(specs,), out_specs=out_specs))(placed)
     assert_same(got, on_one_device(name))

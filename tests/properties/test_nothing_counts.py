@@ -68,6 +68,30 @@ def log_probs(x, normalizer=None):
     return jnp.sum(x["weights"] * values), {"sequence": average}
 
 
+def of_rows(function, x, normalizer=None):
+    return jnp.sum(x["weights"] * function(x)), {}
+
+
+def entropies(x):
+    return jaxkd.token_entropies(student_of(x), mask=x["labels"] != -100, chunk_size=2)
+
+
+def divergences(x):
+    options = {"divergence": jaxkd.jensen_shannon(), "mask": x["labels"] != 0, "chunk_size": 2}
+    return jaxkd.token_divergences(student_of(x), teacher_of(x), x["labels"], **options)
+
+
+def own_rows(x):
+    return jaxkd.chunked_rows(
+        lambda *arguments: squares(*arguments)[0], student_of(x), x["labels"], per_row=teacher_of(x), chunk_size=2
+    )
+
+
+def cross_entropy(x, **options):
+    options |= {"label_smoothing": 0.1, "z_loss": 0.1, "weights": x["weights"], "chunk_size": 2}
+    return jaxkd.cross_entropy(student_of(x), x["labels"], **options)
+
+
 def statistics(x, normalizer=None):
     values = jaxkd.token_statistics(student_of(x), x["labels"], teacher_of(x), chunk_size=2)
     return jnp.sum(values["soft"]), {name: jnp.sum(v) for name, v in values.items() if name != "top"}
@@ -97,12 +121,17 @@ LOSSES = {
     "top_k": partial(distillation, teacher=top_k),
     "mixture": partial(distillation, teacher=mixed),
     "vocabulary_map": partial(distillation, teacher=shared),
+    "cross_entropy": cross_entropy,
     "log_probs": log_probs,
+    "entropies": partial(of_rows, entropies),
+    "divergences": partial(of_rows, divergences),
+    "chunked_rows": partial(of_rows, own_rows),
     "statistics": statistics,
     "chunked_loss": own,
     "hidden_cosine": partial(hidden, jaxkd.hidden_cosine),
     "hidden_mse": partial(hidden, jaxkd.hidden_mse),
 }
+OF_ROWS = ("log_probs", "entropies", "divergences", "chunked_rows", "statistics")  # no weight masks their numbers
 NOTHING = {
     "no rows": lambda: (arrays(0), {}),
     "no label counts": lambda: (arrays() | {"labels": jnp.full(N, -100)}, {}),
@@ -134,7 +163,7 @@ WAYS += [pytest.param(x, False, marks=pytest.mark.slow) for x in ("no label coun
 def test_nothing_counts(name, situation, jitted):
     """Loss, metrics and gradients are 0, never NaN, even where all that there is is NaN."""
     x, options = NOTHING[situation]()
-    if name in ("log_probs", "statistics"):  # one number a row, which no weight masks
+    if name in OF_ROWS:
         if situation == "all weights 0":
             return
         options = {}

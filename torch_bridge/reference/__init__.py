@@ -33,9 +33,13 @@ from torch_bridge.reference.dense_row_divergences import (
 )
 from torch_bridge.reference.dense_rows import (
     chunked_loss,
+    chunked_rows,
+    cross_entropy,
     hidden_cosine,
     hidden_mse,
     sequence_log_probs,
+    token_divergences,
+    token_entropies,
     token_log_probs,
     token_statistics,
 )
@@ -52,7 +56,9 @@ __all__ = [
     "alpha_beta",
     "alpha_divergence",
     "chunked_loss",
+    "chunked_rows",
     "cosine_distance",
+    "cross_entropy",
     "distillation_loss",
     "earth_mover",
     "embedding",
@@ -71,6 +77,8 @@ __all__ = [
     "sinkhorn",
     "skew_kl",
     "symmetric_kl",
+    "token_divergences",
+    "token_entropies",
     "token_log_probs",
     "token_statistics",
     "total_variation",
