@@ -96,6 +96,8 @@ def _check_term(divergence: AnyDivergence | None) -> None:
         check_elementwise("divergence.term", term, parameters, is_differentiated=slope is None)
         if slope is not None:
             check_elementwise("divergence.slope", slope, parameters, is_differentiated=False)
+        if (outer := divergence.outer) is not None:
+            check_elementwise("divergence.outer", outer, parameters, is_differentiated=True, num_arrays=1)
 
 
 def obstacle(implementation: str, chunk: Chunk, divergence: AnyDivergence | None = None) -> str | None:

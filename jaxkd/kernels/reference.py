@@ -41,9 +41,8 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
         else:
             term, slope = rows.divergence.term_and_slope(log_p, log_q)
             sums = sums._replace(slope_sum=psum(jnp.sum(slope, axis=1), axes))
-        soft = psum(jnp.sum(term, axis=1), axes)
-        if rows.divergence.is_nonnegative:
-            soft = jnp.maximum(soft, 0)  # only rounding takes it below
+        total = psum(jnp.sum(term, axis=1), axes)
+        soft, sums = rows.divergence.of_total(total), sums._replace(outer_slope=rows.divergence.outer_slope(total))
     hard = _hard_losses(rows, options, z.plain, sums.plain)
     gradient = None
     if options.gradient_dtype is not None:
@@ -107,9 +106,9 @@ def _gradient(
     rows: ChunkRows, options: RowOptions, z: _Logits, sums: RowSums, slope: jax.Array | None, place: Place | None
 ) -> Float[Array, "_ V"]:
     d, width = jnp.zeros_like(z.plain), z.plain.shape[1]
-    if slope is not None and sums.slope_sum is not None:
+    if slope is not None and sums.slope_sum is not None and sums.outer_slope is not None:
         q = jnp.exp(_log_probability(z.student, sums.student))
-        scale = (rows.soft_scale / rows.temperature)[:, None]
+        scale = weigh(rows.soft_scale / rows.temperature, sums.outer_slope)[:, None]
         d = jnp.where(scale == 0, 0, scale * (slope - q * sums.slope_sum[:, None]))[:, :width]
         d = jnp.pad(d, ((0, 0), (0, width - d.shape[1])))
     if options.has_labels:

@@ -167,12 +167,16 @@ LAYOUTS = {
 KINDS = ("Auto", "Explicit", "own shard_map")
 
 
+def slow_unless(chosen, *values):
+    return pytest.param(*values, marks=[] if chosen else [pytest.mark.slow])
+
+
 def table():
     """All that there is; every third is what stays when slow tests are left out: each loss, layout and kind of mesh."""
     for i, (layout, (*_, vocabulary)) in enumerate(LAYOUTS.items()):
         for j, loss in enumerate(SUMS if vocabulary else SUMS | WHOLE):
             for k, kind in enumerate(KINDS):
-                yield pytest.param(loss, layout, kind, marks=[pytest.mark.slow] if (i + j + k) % 3 else [])
+                yield slow_unless((i + j + k) % 3 == 0, loss, layout, kind)
 
 
 REST_OF_WORK = [x for x in SUMS | WHOLE if x not in ("jensen_shannon", "token_log_probs", "chunked_loss")]
@@ -247,7 +251,10 @@ def test_layouts(name, layout, kind):
     assert_same(got, on_one_device(name))
 
 
-@pytest.mark.parametrize("name", SUMS | WHOLE)
+FEW = ("jensen_shannon", "token_log_probs", "cosine_distance", "chunked_loss", "hidden_cosine")
+
+
+@pytest.mark.parametrize("name", [slow_unless(name in FEW, name) for name in SUMS | WHOLE])
 def test_a_shard_map_that_says_nothing(name):
     """Without `sharding` in the caller's shard_map each device has the loss of its own rows, and gradients exist."""
     loss, x, mesh = (SUMS | WHOLE)[name], arrays(), mesh_of((2,), ("data",), AxisType.Auto)
@@ -355,22 +362,25 @@ def test_a_bfloat16_head_is_summed_in_parts():
         assert ("all_reduce", f"{whole}f32>") not in moved
 
 
+LIE = [
+    (P("data"), P(None, "model")),
+    (P("data", None, "model"), P(None, "model")),
+    (P(), P()),
+    (P(None, None, "data"), P()),
+]
+BY_TYPES = ("jensen_shannon", "token_log_probs", "chunked_loss")
+
+
 @pytest.mark.parametrize(
-    ("of_hidden", "of_weight"),
-    [
-        (P("data"), P(None, "model")),
-        (P("data", None, "model"), P(None, "model")),
-        (P(), P()),
-        (P(None, None, "data"), P()),
-    ],
+    ("name", "of_hidden", "of_weight"),
+    [slow_unless((i + j) % 3 == 0, name, *x) for i, x in enumerate(LIE) for j, name in enumerate(BY_TYPES)],
 )
-def test_types_say_how_arrays_lie(of_hidden, of_weight):
+def test_types_say_how_arrays_lie(name, of_hidden, of_weight):
     """On Explicit axes: a head split over D, hidden states split over D, arrays that nothing splits."""
     mesh, x = mesh_of((4, 2), ("data", "model"), AxisType.Explicit), arrays()
     specs = {"hidden": of_hidden, "weight": of_weight, "teacher_hidden": P(*of_hidden[:1]), "labels": P(*of_hidden[:1])}
     placed = {name: jax.device_put(v, NamedSharding(mesh, specs.get(name, P()))) for name, v in x.items()}
-    for name in ("jensen_shannon", "token_log_probs", "chunked_loss"):
-        with jax.set_mesh(mesh):
-            got = jax.jit(value_and_gradients((SUMS | WHOLE)[name]))(placed)
-        assert_same(got, on_one_device(name))
-        assert got[1]["weight"].sharding.spec == P(*(tuple(of_weight) + (None,) * (2 - len(of_weight))))
+    with jax.set_mesh(mesh):
+        got = jax.jit(value_and_gradients((SUMS | WHOLE)[name]))(placed)
+    assert_same(got, on_one_device(name))
+    assert got[1]["weight"].sharding.spec == P(*(tuple(of_weight) + (None,) * (2 - len(of_weight))))

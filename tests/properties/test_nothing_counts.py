@@ -3,7 +3,7 @@
 The tables of preference and embedding losses are `test_nothing_preferred.py` and `test_nothing_compared.py`.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import cases
 import jax
@@ -147,8 +147,18 @@ def value_and_gradients(loss, x, **options):
     return jax.value_and_grad(of, has_aux=True)({name: x[name] for name in TRAINED})
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("situation", NOTHING)
+@cache
+def compiled(name):
+    return jax.jit(partial(value_and_gradients, LOSSES[name]))
+
+
+# Eagerly a normalizer of 0 is a number that is known, and so is that there is no row; of values nothing is known.
+WAYS = [(situation, True) for situation in NOTHING]
+WAYS += [("no rows", False), ("empty micro-batch", False)]
+WAYS += [pytest.param(x, False, marks=pytest.mark.slow) for x in ("no label counts", "all weights 0")]
+
+
+@pytest.mark.parametrize(("situation", "jitted"), WAYS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_counts(name, situation, jitted):
     """Loss, metrics and gradients are 0, never NaN, even where all that there is is NaN."""
@@ -158,8 +168,8 @@ def test_nothing_counts(name, situation, jitted):
             return
         options = {}
     x |= {key: jnp.full_like(x[key], jnp.nan) for key in ("hidden", "teacher_hidden", "top")}
-    function = partial(value_and_gradients, LOSSES[name], **options)
-    (loss, metrics), gradients = (jax.jit(function) if jitted else function)(x)
+    function = compiled(name) if jitted else partial(value_and_gradients, LOSSES[name])
+    (loss, metrics), gradients = function(x, **options)
     assert loss == 0
     assert all(jnp.all(v == 0) for key, v in metrics.items() if key != "num_rows")
     assert all(jnp.all(g == 0) for g in gradients.values())
@@ -178,8 +188,7 @@ def test_dead_rows_add_nothing(name, bad):
     def with_rows(value):
         return {k: jnp.where(dead[:, None], value, x[k]) for k in ("hidden", "teacher_hidden", "top")}
 
-    function = jax.jit(partial(value_and_gradients, LOSSES[name]))
-    clean, dirty = function(x | with_rows(0.0)), function(x | with_rows(bad))
+    clean, dirty = (compiled(name)(x | with_rows(value)) for value in (0.0, bad))
     for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
         np.testing.assert_array_equal(a, b)
         assert np.isfinite(a).all()

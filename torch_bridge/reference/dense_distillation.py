@@ -164,6 +164,30 @@ def alpha_divergence(alpha: float = 0.5) -> Divergence:
     return divergence
 
 
+def alpha_beta(alpha: float, beta: float) -> Divergence:
+    """-1 / (alpha beta) sum [p^alpha q^beta - alpha / s p^s - beta / s q^s], s = alpha + beta, both above 0."""
+    s = alpha + beta
+
+    def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+        p, q = log_p.exp(), log_q.exp()
+        return (alpha / s * p**s + beta / s * q**s - p**alpha * q**beta).sum(-1) / (alpha * beta)
+
+    return divergence
+
+
+def overlap_nll(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """-log sum min(p, q)."""
+    return -torch.minimum(log_p, log_q).exp().sum(-1).log()
+
+
+def renyi(alpha: float = 0.5) -> Divergence:
+    """log(sum p^alpha q^(1 - alpha)) / (alpha - 1); forward KL at 1."""
+    if alpha == 1:
+        return forward_kl
+    amari = alpha_divergence(alpha)
+    return lambda log_p, log_q: (1 - alpha * (1 - alpha) * amari(log_p, log_q)).log() / (alpha - 1)
+
+
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """sum a (log a - log b), where a = 0 counts as 0 whatever b is."""
     absent = log_a == -torch.inf
