@@ -3,7 +3,7 @@
 ``None`` takes the fastest that is tested for the call; a name takes that one, or raises an error that says why not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 
@@ -82,6 +82,25 @@ def row_losses_for(
     if reason := obstacle(implementation, chunk, divergence):
         raise CannotRun(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
     return _kernels[implementation].row_losses
+
+
+def aligned_width(implementation: str | None, chunk: Chunk, divergence: AnyDivergence | None = None) -> int:
+    """How many columns logits are to have for this call: more than a vocabulary's if a kernel can copy these alone.
+
+    Columns beyond the vocabulary are filling, as `VocabularyShards` has it.
+    """
+    width = chunk.student_width
+    if implementation not in (None, "mosaic") or "mosaic" not in _kernels or isinstance(divergence, RowDivergence):
+        return width
+    aligned = -(-width // _kernels["mosaic"].ALIGNMENT) * _kernels["mosaic"].ALIGNMENT
+    if chunk.teacher_width not in (None, width):
+        return width
+    teacher = None if chunk.teacher_width is None else aligned
+    return (
+        width
+        if obstacle("mosaic", replace(chunk, student_width=aligned, teacher_width=teacher), divergence)
+        else aligned
+    )
 
 
 def xla_row_losses(divergence: AnyDivergence | None) -> RowLosses:
