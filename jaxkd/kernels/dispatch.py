@@ -148,15 +148,13 @@ def _mosaic_obstacle(chunk: Chunk) -> str | None:
         return f"it is tested from jax 0.11 on and this is {jax.__version__}"
     if not any(name in target_device() for name in ("H100", "H200")):
         return f"it is tested on H100 and H200 and this is {target_device()!r}"
-    if chunk.teacher_width is None:
-        return "it is a kernel of two heads"
-    if chunk.teacher_width != width:
+    if chunk.teacher_width not in (None, width):
         return f"the vocabularies differ in width ({width} and {chunk.teacher_width})"
     if width % kernel.ALIGNMENT:
         return f"V={width} is no multiple of {kernel.ALIGNMENT}, as its bulk copies need"
     if kernel.last_part_width(width) <= 0:
         return f"V={width} is too narrow to share between {kernel.PARTS} blocks"
-    if kernel.shared_memory(width) > kernel.SHARED_MEMORY:
+    if kernel.shared_memory(width, 1 if chunk.teacher_width is None else 2) > kernel.SHARED_MEMORY:
         return f"a row of V={width} does not fit the shared memory of a cluster"
     return None
 
