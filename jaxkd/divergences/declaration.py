@@ -40,8 +40,8 @@ class Divergence:
       slope: ``d term / d log_q``, with the signature of ``term``, where a closed form is faster or safer than the one
         that `jax.jvp` derives.
       kernel_form: ``(log2_p, log2_q, *parameters) -> (term, slope)`` from logarithms to the base 2, where there is a
-        form with less arithmetic. Its errors may be those of float32 logits, not relative to its results: it is for the
-        kernels, and not for float64.
+        form with less arithmetic, or whose sum over a row is the more exact. Its errors may be those of float32 logits,
+        not relative to its results: it is for the kernels, and not for float64.
       slope_sum: the sum of the slopes over a row, where it is the same for all distributions.
       outer: ``outer(total, *parameters)``, a function of the sum of the terms, elementwise in rows; None is the sum.
       is_nonnegative: whether the divergence is at least 0 for all distributions. Rounding that takes it below is then

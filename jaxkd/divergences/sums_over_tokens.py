@@ -42,8 +42,9 @@ def _forward_kl_term(log_p, log_q):
 
 
 def _forward_kl_kernel_form(log2_p, log2_q):
-    p = jnp.exp2(log2_p)
-    return weigh(p, (log2_p - log2_q) * LN2), -p
+    # With q - p, which sums to 0: near p = q the errors of the two normalisers then cancel, and no term is below 0.
+    p, q = jnp.exp2(log2_p), jnp.exp2(log2_q)
+    return weigh(p, (log2_p - log2_q) * LN2 - 1) + q, -p
 
 
 forward_kl = Divergence(
@@ -59,7 +60,13 @@ def _reverse_kl_term(log_p, log_q):
     return weigh(jnp.exp(log_q), log_q - log_p)
 
 
-reverse_kl = Divergence(_reverse_kl_term, is_nonnegative=True)
+def _reverse_kl_kernel_form(log2_p, log2_q):
+    p, q = jnp.exp2(log2_p), jnp.exp2(log2_q)  # with p - q, as above
+    log_ratio = (log2_q - log2_p) * LN2
+    return weigh(q, log_ratio - 1) + p, weigh(q, log_ratio + 1)
+
+
+reverse_kl = Divergence(_reverse_kl_term, kernel_form=_reverse_kl_kernel_form, is_nonnegative=True)
 """KL(Q‖P) = sum q (log q - log p): the student seeks the teacher's modes. Infinite where p = 0 < q.
 
 Source: Gu et al., "MiniLLM" (arXiv 2306.08543).

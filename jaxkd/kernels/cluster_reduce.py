@@ -13,7 +13,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from jaxkd.kernels.thread_values import F32, I32, ONE_A_THREAD, THREAD_VALUE, THREADS, WARP, of_threads, ptx, scalar_of
+from jaxkd.kernels.thread_values import (
+    F32,
+    I32,
+    ONE_A_THREAD,
+    THREAD_VALUE,
+    THREADS,
+    WARP,
+    asm,
+    of_threads,
+    ptx,
+    scalar_of,
+)
 
 # Knobs.
 PARTS = 16  # blocks of a cluster: the most Hopper allows
@@ -109,7 +120,7 @@ def cluster_all_gather(
                 "{ .reg .b32 at; mov.u32 at, %laneid; shl.b32 at, at, 4; add.u32 at, at, $4;"
                 f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [at+{at}]; }}"
             )
-            result = llvm.inline_asm(four, [here], code, "=f,=f,=f,=f,r,~{memory}", has_side_effects=True)
+            result = asm(four, [here], code, "=f,=f,=f,=f,r,~{memory}", has_side_effects=True)
             return [llvm.extractvalue(F32(), result, [k]) for k in range(TOGETHER)]
 
         results = [

@@ -106,13 +106,14 @@ class _Numbers:
                 self.hard_scale *= inverse
         self.label, self.label_logit = of_row(refs.label), of_row(refs.label_logit)
         self.label_smoothing, self.z_loss = of_all(refs.label_smoothing), of_all(refs.z_loss)
-        self.place = None if refs.place is None else refs.first_row[0] * row.parts.width + row.offset
+        if refs.place is not None:
+            self.place = refs.first_row[0] * row.parts.width + row.offset
 
 
 class _Block:
     """One part of one row, and what is known of the row."""
 
-    def __init__(self, refs: _Refs, options: RowOptions, parts: Parts, counts: Sequence[int], form: "_SoftForm | None"):
+    def __init__(self, refs: _Refs, options: RowOptions, parts: Parts, counts: Sequence[int], form: "_Soft | None"):
         self.refs, self.options, self.counts, self.form = refs, options, counts, form
         self.row = row = Row(parts)
         init_exchanges(refs.exchange, counts)
@@ -181,7 +182,7 @@ class _Block:
             [RunningLogSumExp.of(top, total, factor) for top, total in zip(*received[2 * i : 2 * i + 2], strict=True)]
             for i, factor in enumerate(factors)
         ]
-        self.lses = dict(zip(self.wanted, merged(of_warps, factors), strict=True))
+        self.lses: dict[str, RunningLogSumExp] = dict(zip(self.wanted, merged(of_warps, factors), strict=True))
         if not has_distances:
             return None
         return warp_reduce([functools.reduce(jnp.add, received[-1])], arith.addf)[0]
@@ -190,8 +191,10 @@ class _Block:
         side, factor = self.wanted[name]
         return self.lses[name].log2_probability(side.read(step), factor)
 
-    def soft(self, step: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Term, slope and the student's probabilities."""
+    def soft(self, step: jax.Array | int) -> tuple[Any, Any, Any]:
+        """Term, slope and the student's probabilities; None without a soft loss."""
+        if self.form is None:
+            return None, None, None
         log_q = self.log2_probability("student", step)
         log_p = log_q if self.teacher is None else self.log2_probability("teacher", step)
         return *self.form.term_and_slope(log_p, log_q, *self.numbers.parameters), jnp.exp2(log_q)
@@ -200,7 +203,7 @@ class _Block:
         """0 where the scale of the soft loss is, whatever ``x`` is."""
         return None if x is None else jnp.where(self.numbers.soft_scale == 0, 0.0, x)
 
-    def without_slope_sum(self, step: jax.Array | int, slope: jax.Array | None, q: jax.Array | None) -> jax.Array:
+    def without_slope_sum(self, step: jax.Array | int, slope: Any, q: Any) -> Any:
         """The gradient but for what the sum of the slopes adds."""
         soft = None if slope is None else self.if_scaled(self.numbers.soft_scale * slope)
         if not self.options.has_labels:
@@ -219,22 +222,21 @@ class _Block:
         is_label = columns_of(self.row.start + step * STEP) == numbers.label
         return jnp.where(scale == 0, 0.0, jnp.where(is_label, d - at_label, d))
 
-    def write(self, step: jax.Array | int, known: jax.Array, q: jax.Array | None, slope_sum: Any) -> None:
+    def write(self, step: jax.Array | int, known: jax.Array, q: Any, slope_sum: Any) -> None:
         gradient = known if q is None else known - q * (self.numbers.soft_scale * slope_sum)
         place = self.refs.place.at[pl.ds(self.numbers.place + step * STEP, STEP)]
         store_below(place, gradient.astype(self.options.gradient_dtype), self.row.columns - step * STEP)
 
     def sums(self) -> dict[str, jax.Array]:
         """What is returned of the log-sum-exps, by name."""
-        results = {}
+        results: dict[str, jax.Array] = {}
         for name, (_, factor) in self.wanted.items():
             lse = self.lses[name]
-            for prefix in {name + "_", "" if name == self.plain else name + "_"}:
-                results |= {prefix + "top": lse.top, prefix + "log_total": lse.log_total(factor)}
-        return results
+            results |= {f"{name}_top": lse.top, f"{name}_log_total": lse.log_total(factor)}
+        return results | {part: results[f"{self.plain}_{part}"] for part in ("top", "log_total")}
 
 
-class _SoftForm(NamedTuple):
+class _Soft(NamedTuple):
     """What is computed of a divergence."""
 
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]]
@@ -245,7 +247,7 @@ class _SoftForm(NamedTuple):
 def _kernel(
     *refs,
     names: Sequence[str],
-    form: _SoftForm | None,
+    form: _Soft | None,
     options: RowOptions,
     parts: Parts,
     counts: Sequence[int],
@@ -256,20 +258,19 @@ def _kernel(
     refs, row, has_gradient = block.refs, block.row, options.gradient_dtype is not None
     distance_sum = block.log_sum_exps()
 
-    # Pass 2: the loss and the sum of the slopes. A gradient that waits for this sum takes the place of the logits: what is
-    # known of it that of the teacher's, and the student's probabilities that of the student's.
+    # Pass 2: the loss and the sum of the slopes. A gradient that waits for this sum takes the place of the logits: what
+    # is known of it that of the teacher's, and the student's probabilities that of the student's.
     sums_slopes = form is not None and form.slope_sum is None and (has_gradient or options.keeps_sums)
     waits = has_gradient and sums_slopes
 
     def add(step, sums):
-        term, slope, q = block.soft(step) if form is not None else (None, None, None)
-        if has_gradient and not (waits and block.teacher is None):
-            known, q = block.without_slope_sum(step, slope, q), block.if_scaled(q)
-            if waits:
-                block.teacher.replace(step, known)
-                block.student.replace(step, q)
-            else:
-                block.write(step, known, q, None if form is None else block.if_scaled(form.slope_sum))
+        term, slope, q = block.soft(step)
+        if has_gradient and not waits:
+            known = block.without_slope_sum(step, slope, q)
+            block.write(step, known, block.if_scaled(q), block.if_scaled(form and form.slope_sum))
+        elif waits and block.teacher is not None:
+            block.teacher.replace(step, block.without_slope_sum(step, slope, q))
+            block.student.replace(step, block.if_scaled(q))
         return tuple(sum_ + x for sum_, x in zip(sums, (term, slope), strict=False))
 
     totals: list[jax.Array] = []
@@ -324,13 +325,13 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
         inputs |= {"first_row": jnp.reshape(place.first, (1,)), "place": place.rows.reshape(-1)}
     form = None
     if divergence is not None:
-        form = _SoftForm(base_2_term_and_slope_of(divergence), divergence.slope_sum, divergence.is_nonnegative)
+        form = _Soft(base_2_term_and_slope_of(divergence), divergence.slope_sum, divergence.is_nonnegative)
 
     parts = Parts.of(width, len(logits))
     is_plain_soft = form is not None and not options.has_plain_sums
     num_lses = (form is not None) + (rows.teacher is not None) + (not is_plain_soft)
     counts = (2 * num_lses + ("distance_sum" in out_names), 2)  # of values that are exchanged
-    scratch = {f"{name}_memory": plgpu.SMEM((parts.memory_columns,), jnp.float32) for name in logits}
+    scratch: dict[str, Any] = {f"{name}_memory": plgpu.SMEM((parts.memory_columns,), jnp.float32) for name in logits}
     scratch["exchange"] = plgpu.SMEM((exchange_memory(counts),), jnp.float32)
     num_copies = len(parts.copies(parts.columns))
     scratch["arrived"] = plgpu.Barrier(num_arrivals=len(logits), num_barriers=num_copies)

@@ -174,11 +174,13 @@ def top_token(
     z: Float[Array, "C V"], shards: VocabularyShards | None = None, of_teacher: bool = False
 ) -> Int[Array, " C"]:
     """The token of the largest logit, the first of several."""
-    if shards is None:
-        return jnp.argmax(z, axis=1).astype(jnp.int32)
-    axes = shards.axes
-    z = own_columns(z, shards.teacher if of_teacher else shards.student, axes)
-    own, largest = jnp.argmax(z, axis=1).astype(jnp.int32), jnp.max(z, axis=1)
+    axes = () if shards is None else shards.axes
+    if shards is not None:
+        z = own_columns(z, shards.teacher if of_teacher else shards.student, axes)
+    own = jnp.argmax(z, axis=1).astype(jnp.int32)
+    if not axes:
+        return own
+    largest = jnp.max(z, axis=1)
     is_largest = largest == jax.lax.pmax(largest, axes)
     return jax.lax.pmin(jnp.where(is_largest, own + first_column(z, axes), jnp.iinfo(jnp.int32).max), axes)
 

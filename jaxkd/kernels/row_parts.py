@@ -16,9 +16,9 @@ from jaxkd.kernels.thread_values import STEP, columns_of, load
 ALIGNMENT = 32  # columns: bulk copies are multiples of 128 bytes
 MULTIPROCESSOR_MEMORY = 228 * 1024  # shared memory of all its blocks together, on Hopper
 BESIDE_LOGITS = 6 * 1024  # bytes of it for a block: the exchanges, the barriers and CUDA's own
-# Blocks a multiprocessor: how many steps a block's registers may hold to make room for them. As many rows are on their
-# way at once, which hides the time that each waits; beyond three that is hidden.
-HELD = {3: 2, 2: 5, 1: 0}
+# How many steps registers hold, at least and at most, so that as many blocks fit a multiprocessor. Blocks of other rows
+# hide what one waits for, and what is held is worked on while the rest is copied; but registers limit blocks too.
+HELD = {4: (1, 1), 3: (2, 2), 2: (2, 5), 1: (0, 0)}
 COPIES = 2  # of a part: the first can be worked on while the second comes
 
 
@@ -35,14 +35,13 @@ class Parts(NamedTuple):
     def of(cls, width: int, num_heads: int) -> "Parts":
         columns = -(-width // (PARTS * ALIGNMENT)) * ALIGNMENT
         last_columns, num_steps = width - (PARTS - 1) * columns, -(-columns // STEP)
+        most_of_all = max(last_columns // STEP - 1, 0)  # some of each part is copied
         held = 0
-        for blocks, most in HELD.items():
+        for blocks, (least, most) in HELD.items():
             room = (MULTIPROCESSOR_MEMORY // blocks - BESIDE_LOGITS) // (4 * num_heads * STEP)
-            held = max(num_steps - room, 0)
-            if held <= min(most, last_columns // STEP - 1):
+            if num_steps - room <= min(most, most_of_all):
+                held = min(max(num_steps - room, least), most_of_all)
                 break
-        else:
-            held = 0
         return cls(width, columns, last_columns, num_steps, held)
 
     @property

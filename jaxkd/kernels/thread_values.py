@@ -68,11 +68,11 @@ def warp_reduce(values: Sequence[jax.Array], combine: Callable[..., Any]) -> lis
 
     @plgpu.inline_mgpu(arg_types=(ONE_A_THREAD,) * len(values), return_type=[THREAD_VALUE] * len(values))
     def warp_reduce(_, *values):
-        values = [scalar_of(x) for x in values]
+        own = [scalar_of(x) for x in values]
         for distance in (16, 8, 4, 2, 1):
-            others = [mgpu.utils.shfl_bfly(x, distance) for x in values]
-            values = [combine(x, y) for x, y in zip(values, others, strict=True)]
-        return [of_threads(x) for x in values]
+            others = [mgpu.utils.shfl_bfly(x, distance) for x in own]
+            own = [combine(x, y) for x, y in zip(own, others, strict=True)]
+        return [of_threads(x) for x in own]
 
     return warp_reduce(*values)
 
@@ -83,7 +83,7 @@ def rounded_product(x: jax.Array, scale: jax.Array) -> jax.Array:
     @plgpu.inline_mgpu(arg_types=(ONE_A_THREAD, SCALAR), return_type=THREAD_VALUE)
     def rounded_product(_, x, scale):
         code = "{ mul.rn.f32 $0, $1, $2; max.NaN.f32 $0, $0, 0fFF61B1E6; }"
-        return of_threads(llvm.inline_asm(F32(), [scalar_of(x), scale.registers.item()], code, "=f,f,f"))
+        return of_threads(asm(F32(), [scalar_of(x), scale.registers.item()], code, "=f,f,f"))
 
     return rounded_product(x, scale)
 
@@ -181,4 +181,7 @@ def thread() -> ir.Value:
 def ptx(code: str, constraints: str, arguments: list[ir.Value]) -> None:
     """With side effects, and in this place among all accesses of memory."""
     constraints = ",".join(filter(None, [constraints, "~{memory}"]))
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), arguments, code, constraints, has_side_effects=True)
+    asm(ir.Type.parse("!llvm.void"), arguments, code, constraints, has_side_effects=True)
+
+
+asm: Callable[..., Any] = llvm.inline_asm  # its declared result may be many things

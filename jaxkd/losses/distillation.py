@@ -262,7 +262,15 @@ def _distillation_loss(
 def _loss_of_arrays(
     student: Any, teacher: Any, arguments: _Arguments, *, partitioning: Partitioning, options: RowOptions
 ) -> tuple[jax.Array, Metrics]:
-    models = flat_models(partitioning, student, teacher, vocabulary=options.vocabulary, chunk_size=arguments.chunk_size)
+    models = flat_models(
+        partitioning,
+        student,
+        teacher,
+        vocabulary=options.vocabulary,
+        chunk_size=arguments.chunk_size,
+        implementation=arguments.implementation,
+        divergence=arguments.divergence,
+    )
     dtype, teacher = models.student.dtype, models.teacher
     divergence = None
     if teacher is not None:

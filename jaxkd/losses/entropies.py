@@ -76,7 +76,9 @@ def _entropies_of_arrays(
     mask: Any,
     temperature: Any,
 ) -> jax.Array:
-    models = flat_models(partitioning, student, chunk_size=chunk_size)
+    models = flat_models(
+        partitioning, student, chunk_size=chunk_size, implementation=implementation, divergence=ENTROPY
+    )
     rows = count_rows(partitioning, models.leading_shape, models.width, student.dtype, weights=mask)
     return token_values(
         models,

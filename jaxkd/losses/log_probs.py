@@ -75,7 +75,7 @@ def _log_probs_of_arrays(
     labels: Any,
     temperature: Any,
 ) -> jax.Array:
-    models = flat_models(partitioning, student, chunk_size=chunk_size)
+    models = flat_models(partitioning, student, chunk_size=chunk_size, implementation=implementation)
     rows = count_rows(
         partitioning, models.leading_shape, models.width, student.dtype, labels=labels, ignore_index=ignore_index
     )
