@@ -254,6 +254,27 @@ def test_triton_without_a_gpu_says_why():
         jaxkd.fused_linear_jsd(**GOOD, implementation="triton")
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda **x: jaxkd.cross_entropy(STUDENT, GOOD["labels"], **x),
+        lambda **x: jaxkd.token_log_probs(STUDENT, GOOD["labels"], **x),
+        lambda **x: jaxkd.sequence_log_probs(STUDENT, GOOD["labels"], **x),
+        lambda **x: jaxkd.token_entropies(STUDENT, **x),
+        lambda **x: jaxkd.token_divergences(STUDENT, TEACHER, **x),
+        lambda **x: jaxkd.token_statistics(STUDENT, None, TEACHER, **x),
+    ],
+)
+@pytest.mark.parametrize("name", ["triton", "mosaic"])
+def test_a_kernel_without_a_gpu_says_why(name, call):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    with expect(ValueError, ["implementation", name, "xla"]):
+        call(implementation=name)
+    with expect(ValueError, ["`implementation`", "cuda", "triton"]):
+        call(implementation="cuda")
+
+
 def test_positional_options_are_refused():
     with pytest.raises(TypeError, match="positional"):
         jaxkd.fused_linear_jsd(*GOOD.values(), 0.5)
