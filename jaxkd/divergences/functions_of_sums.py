@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkd.divergences.declaration import Divergence
-from jaxkd.divergences.sums_over_tokens import alpha_divergence, forward_kl, parameter, total_variation
+from jaxkd.divergences.sums_over_tokens import alpha_divergence, forward_kl, parameter, total_variation_slope
 
 
 def _overlap_term(log_p, log_q):
@@ -16,7 +16,7 @@ def _overlap_term(log_p, log_q):
 
 def _overlap_slope(log_p, log_q):
     # Half of q where p = q, by the measure of the total variation: the gradient there is 0.
-    return jnp.exp(log_q) / 2 - total_variation.slope(log_p, log_q)
+    return jnp.exp(log_q) / 2 - total_variation_slope(log_p, log_q)
 
 
 def _overlap_outer(overlap: jax.Array) -> jax.Array:

@@ -170,7 +170,7 @@ def _total_variation_term(log_p, log_q):
     return jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)) / 2
 
 
-def _total_variation_slope(log_p, log_q):
+def total_variation_slope(log_p, log_q):
     # Probabilities that agree to rounding are equal: the sign of their difference would be that of the rounding.
     rounding = 3 * jnp.finfo(log_q.dtype).eps * jnp.maximum(jnp.abs(log_q), 1)
     difference = log_q - log_p
@@ -178,7 +178,7 @@ def _total_variation_slope(log_p, log_q):
     return jnp.exp(log_q) * sign
 
 
-total_variation = Divergence(_total_variation_term, slope=_total_variation_slope, is_nonnegative=True)
+total_variation = Divergence(_total_variation_term, slope=total_variation_slope, is_nonnegative=True)
 """1/2 sum |p - q|, at most 1; its slope is 0 where p = q.
 
 Source: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation" (arXiv 2307.15190).

@@ -96,11 +96,8 @@ def aligned_width(implementation: str | None, chunk: Chunk, divergence: AnyDiver
     if chunk.teacher_width not in (None, width):
         return width
     teacher = None if chunk.teacher_width is None else aligned
-    return (
-        width
-        if obstacle("mosaic", replace(chunk, student_width=aligned, teacher_width=teacher), divergence)
-        else aligned
-    )
+    filled = replace(chunk, student_width=aligned, teacher_width=teacher)
+    return width if obstacle("mosaic", filled, divergence) else aligned
 
 
 def xla_row_losses(divergence: AnyDivergence | None) -> RowLosses:

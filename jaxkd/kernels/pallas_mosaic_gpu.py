@@ -17,9 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
+from jaxkd.divergences import Divergence
 from jaxkd.kernels.cluster_reduce import PARTS, cluster_all_gather, cluster_wait, exchange_memory, init_exchanges
 from jaxkd.kernels.kernel_call import parameters_in, result_of, rows_in, rows_out, scalars_in
-from jaxkd.kernels.kernel_math import LOG2E, base_2_term_and_slope_of
+from jaxkd.kernels.kernel_math import LOG2E, base_2_term_and_slope_of, outer_and_slope_of
+from jaxkd.kernels.reference import num_tokens
 from jaxkd.kernels.row_parts import ALIGNMENT, BESIDE_LOGITS, Logits, Parts, Row
 from jaxkd.kernels.running_log_sum_exp import RunningLogSumExp, merged
 from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult
@@ -73,6 +75,7 @@ class _Refs(NamedTuple):
     teacher_top: Any = None
     teacher_log_total: Any = None
     slope_sum: Any = None
+    outer_slope: Any = None
     label: Any = None
     label_logit: Any = None
     hard_scale: Any = None
@@ -155,7 +158,7 @@ class _Block:
             tops = {side: thread_reduce(z, arith.maximumf) for side, z in logits.items()}
             if has_distances:
                 distance = logits[self.student] - self.numbers.label_logit
-                distances += jnp.where(self.row.is_inside(step), distance, 0.0)
+                distances += jnp.where(self.row.is_token(step), distance, 0.0)
             return [
                 lse.add(logits[side], tops[side], factor)
                 for lse, (side, factor) in zip(lses, self.wanted.values(), strict=True)
@@ -217,7 +220,7 @@ class _Block:
         if numbers.z_loss is not None:
             d *= repeat_in_thread(1 + 2 * numbers.z_loss * self.lses[self.plain].log_sum_exp())
         if numbers.label_smoothing is not None:
-            d -= scale * numbers.label_smoothing / self.row.parts.width
+            d -= scale * numbers.label_smoothing / self.row.parts.num_tokens
             at_label *= 1 - numbers.label_smoothing
         is_label = columns_of(self.row.start + step * STEP) == numbers.label
         return jnp.where(scale == 0, 0.0, jnp.where(is_label, d - at_label, d))
@@ -240,8 +243,15 @@ class _Soft(NamedTuple):
     """What is computed of a divergence."""
 
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]]
-    slope_sum: float | None
-    is_nonnegative: bool
+    outer_and_slope: Callable[..., tuple[jax.Array, jax.Array]]
+    slope_sum: float | None  # where it is known and nothing else is waited for
+    has_outer: bool
+
+    @classmethod
+    def of(cls, divergence: Divergence) -> "_Soft":
+        has_outer = divergence.outer is not None
+        slope_sum = None if has_outer else divergence.slope_sum
+        return cls(base_2_term_and_slope_of(divergence), outer_and_slope_of(divergence), slope_sum, has_outer)
 
 
 def _kernel(
@@ -258,18 +268,19 @@ def _kernel(
     refs, row, has_gradient = block.refs, block.row, options.gradient_dtype is not None
     distance_sum = block.log_sum_exps()
 
-    # Pass 2: the loss and the sum of the slopes. A gradient that waits for this sum takes the place of the logits: what
+    # Pass 2: the loss and the sum of the slopes. A gradient that waits for this sum alone takes the logits' place: what
     # is known of it that of the teacher's, and the student's probabilities that of the student's.
     sums_slopes = form is not None and form.slope_sum is None and (has_gradient or options.keeps_sums)
     waits = has_gradient and sums_slopes
+    kept = None if form is None or form.has_outer or not waits else block.teacher
 
     def add(step, sums):
         term, slope, q = block.soft(step)
         if has_gradient and not waits:
             known = block.without_slope_sum(step, slope, q)
             block.write(step, known, block.if_scaled(q), block.if_scaled(form and form.slope_sum))
-        elif waits and block.teacher is not None:
-            block.teacher.replace(step, block.without_slope_sum(step, slope, q))
+        elif kept is not None:
+            kept.replace(step, block.without_slope_sum(step, slope, q))
             block.student.replace(step, block.if_scaled(q))
         return tuple(sum_ + x for sum_, x in zip(sums, (term, slope), strict=False))
 
@@ -281,16 +292,25 @@ def _kernel(
             received = cluster_all_gather(of_warp, refs.exchange, counts, 1)
             totals = warp_reduce([functools.reduce(jnp.add, x) for x in received], arith.addf)
 
+    returned = block.sums() | ({} if distance_sum is None else {"distance_sum": distance_sum})
+    if form is not None:
+        soft, outer_slope = form.outer_and_slope(totals[0], *block.numbers.parameters)
+        returned["soft"] = soft
+        returned["outer_slope"] = outer_slope if form.has_outer else thread_value(1.0)
+        returned["slope_sum"] = totals[1] if sums_slopes else thread_value(form.slope_sum or 0.0)
+
     # Pass 3: the gradient that waited.
     if waits:
         slope_sum = repeat_in_thread(block.if_scaled(totals[1]))
+        if form and form.has_outer:
+            block.numbers.soft_scale *= block.if_scaled(repeat_in_thread(returned["outer_slope"]))
 
         def write(step, carry):
-            if block.teacher is None:
+            if kept is not None:
+                known, q = kept.read(step), block.student.read(step)
+            else:
                 _, slope, q = block.soft(step)
                 known, q = block.without_slope_sum(step, slope, q), block.if_scaled(q)
-            else:
-                known, q = block.teacher.read(step), block.student.read(step)
             block.write(step, known, q, slope_sum)
             return carry
 
@@ -298,11 +318,7 @@ def _kernel(
 
     @pl.when(row.part == 0)
     def _():
-        results = block.sums() | ({} if distance_sum is None else {"distance_sum": distance_sum})
-        if form is not None:
-            results["soft"] = jnp.maximum(totals[0], 0.0) if form.is_nonnegative else totals[0]
-            results["slope_sum"] = totals[1] if sums_slopes else thread_value(form.slope_sum or 0.0)
-        for name, value in results.items():
+        for name, value in returned.items():
             if (ref := getattr(refs, name, None)) is not None:
                 store_first(ref.at[pl.ds(row.index, 1)], value)
 
@@ -323,11 +339,8 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
     if has_gradient := options.gradient_dtype is not None:
         place = place or Place.alone(num_rows, width, options.gradient_dtype)
         inputs |= {"first_row": jnp.reshape(place.first, (1,)), "place": place.rows.reshape(-1)}
-    form = None
-    if divergence is not None:
-        form = _Soft(base_2_term_and_slope_of(divergence), divergence.slope_sum, divergence.is_nonnegative)
-
-    parts = Parts.of(width, len(logits))
+    form = None if divergence is None else _Soft.of(divergence)
+    parts = Parts.of(width, len(logits), num_tokens(rows, options))
     is_plain_soft = form is not None and not options.has_plain_sums
     num_lses = (form is not None) + (rows.teacher is not None) + (not is_plain_soft)
     counts = (2 * num_lses + ("distance_sum" in out_names), 2)  # of values that are exchanged

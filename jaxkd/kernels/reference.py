@@ -194,15 +194,15 @@ def hard_gradient(rows: ChunkRows, options: RowOptions, z: Float[Array, "C V"], 
     labels = own_labels(z, rows.labels, axes)
     target = jax.nn.one_hot(labels, z.shape[1], dtype=z.dtype)
     if rows.label_smoothing is not None:
-        target = target + rows.label_smoothing * (1 / _width(z, options) - target)
+        target = target + rows.label_smoothing * (1 / num_tokens(rows, options) - target)
     if options.is_tempered and options.tempers_labels:
         scale = scale / rows.temperature
     return jnp.where(scale == 0, 0, scale * (q - target))
 
 
-def _width(z: Float[Array, "C V"], options: RowOptions) -> int:
-    """Of the student's vocabulary."""
-    return z.shape[1] if options.shards is None else options.shards.student
+def num_tokens(rows: ChunkRows, options: RowOptions) -> int:
+    """Of the student's vocabulary, on all devices and without filling."""
+    return rows.student.shape[1] if options.shards is None else options.shards.student
 
 
 def hard_part(rows: ChunkRows, options: RowOptions) -> tuple[LogSumExp, HardLosses]:
@@ -222,7 +222,7 @@ def _hard_losses(rows: ChunkRows, options: RowOptions, z: Float[Array, "C V"], l
             column = first_column(z, axes) + jnp.arange(z.shape[1])
             distances = jnp.where(column < options.shards.student, distances, 0)
         distance_sum = psum(jnp.sum(distances, axis=1), axes)
-    return hard_losses(rows, lse, label_logit, distance_sum, _width(z, options))
+    return hard_losses(rows, lse, label_logit, distance_sum, num_tokens(rows, options))
 
 
 def hard_losses(

@@ -26,13 +26,14 @@ class Parts(NamedTuple):
     """A row in `PARTS`, each in steps. The last part has what the others leave of the row."""
 
     width: int  # of the row
+    num_tokens: int  # of its columns, the first ones; the others, fewer than `ALIGNMENT`, are filling
     columns: int
     last_columns: int
     num_steps: int  # of a part
     held: int  # of these, the first ones: they stay in registers
 
     @classmethod
-    def of(cls, width: int, num_heads: int) -> "Parts":
+    def of(cls, width: int, num_heads: int, num_tokens: int | None = None) -> "Parts":
         columns = -(-width // (PARTS * ALIGNMENT)) * ALIGNMENT
         last_columns, num_steps = width - (PARTS - 1) * columns, -(-columns // STEP)
         most_of_all = max(last_columns // STEP - 1, 0)  # some of each part is copied
@@ -42,7 +43,7 @@ class Parts(NamedTuple):
             if num_steps - room <= min(most, most_of_all):
                 held = min(max(num_steps - room, least), most_of_all)
                 break
-        return cls(width, columns, last_columns, num_steps, held)
+        return cls(width, num_tokens or width, columns, last_columns, num_steps, held)
 
     @property
     def memory_columns(self) -> int:
@@ -75,8 +76,9 @@ class Row:
         pl.when(self.is_last)(lambda: function(self.parts.last_columns))
         pl.when(~self.is_last)(lambda: function(self.parts.columns))
 
-    def is_inside(self, step: jax.Array | int) -> jax.Array:
-        return columns_of(step * STEP) < self.columns
+    def is_token(self, step: jax.Array | int) -> jax.Array:
+        filling = self.parts.width - self.parts.num_tokens
+        return columns_of(step * STEP) < self.columns - jnp.where(self.is_last, filling, 0)
 
     def loop(self, first: int, end: int, body: Callable[..., Any], carry: Any) -> Any:
         return jax.lax.fori_loop(jnp.int32(first), jnp.int32(end), body, carry)
@@ -106,9 +108,10 @@ class Logits:
         self.held = [load(self.source, self.row.offset + step * STEP) for step in range(self.parts.held)]
 
     def fill(self) -> None:
-        """What no column fills is -inf, where every term is 0: no pass needs a mask."""
-        for step in range(self.parts.last_columns // STEP, self.parts.num_steps):
-            self.replace(step, jnp.where(self.row.is_inside(step), self.read(step), -jnp.inf))
+        """What no token fills is -inf, where every term is 0: no pass needs a mask."""
+        last_tokens = self.parts.last_columns - (self.parts.width - self.parts.num_tokens)
+        for step in range(last_tokens // STEP, self.parts.num_steps):
+            self.replace(step, jnp.where(self.row.is_token(step), self.read(step), -jnp.inf))
 
     def read(self, step: jax.Array | int) -> jax.Array:
         """A step that is held is given as a Python number."""
