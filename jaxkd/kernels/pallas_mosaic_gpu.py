@@ -268,8 +268,8 @@ def _kernel(
     refs, row, has_gradient = block.refs, block.row, options.gradient_dtype is not None
     distance_sum = block.log_sum_exps()
 
-    # Pass 2: the loss and the sum of the slopes. A gradient that waits for this sum alone takes the logits' place: what is
-    # known of it that of the teacher's, and the student's probabilities that of the student's.
+    # Pass 2: the loss and the sum of the slopes. A gradient that waits for this sum alone takes the logits' place: what
+    # is known of it that of the teacher's, and the student's probabilities that of the student's.
     sums_slopes = form is not None and form.slope_sum is None and (has_gradient or options.keeps_sums)
     waits = has_gradient and sums_slopes
     kept = None if form is None or form.has_outer or not waits else block.teacher
