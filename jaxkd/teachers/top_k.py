@@ -202,7 +202,7 @@ class TopKLogProbs:
         return self
 
     def partition(self, width: int) -> Partition:
-        return jax.vmap(lambda ids, is_listed: partition_by(ids, is_listed, width))(self.token_ids, self._is_listed)
+        return jax.vmap(lambda ids, is_listed: partition_by(ids, is_listed, width))(self.token_ids, self.is_listed)
 
     def bucket_log_probs(
         self, partition: Partition, student: Buckets, temperature: jax.Array
@@ -226,11 +226,12 @@ class TopKLogProbs:
                 rest = jnp.where(has_rest, jnp.log(jnp.maximum(missing, jnp.finfo(dtype).eps)), rest)
         log_p = jnp.where(partition.is_used, log_p - jnp.where(is_whole, log_sum, 0)[:, None], -jnp.inf)
 
-        outside = self._is_listed & ((self.token_ids < 0) | (self.token_ids >= width))
+        outside = self.is_listed & ((self.token_ids < 0) | (self.token_ids >= width))
         return jnp.concatenate([log_p, rest[:, None]], axis=1), is_sound & ~jnp.any(outside, axis=1)
 
     @property
-    def _is_listed(self) -> jax.Array:
+    def is_listed(self) -> jax.Array:
+        """(..., K): which entries are not padding."""
         return (self.token_ids != PADDING) & (self.log_probs != -jnp.inf)
 
 
