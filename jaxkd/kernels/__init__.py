@@ -11,6 +11,8 @@ from jaxkd.kernels.bucketed import token_ids as token_ids
 from jaxkd.kernels.dispatch import CannotRun as CannotRun
 from jaxkd.kernels.dispatch import Chunk as Chunk
 from jaxkd.kernels.dispatch import row_losses_for as row_losses_for
+from jaxkd.kernels.likeliest import at_tokens as at_tokens
+from jaxkd.kernels.likeliest import top_tokens as top_tokens
 from jaxkd.kernels.reference import log_sum_exp as log_sum_exp
 from jaxkd.kernels.reference import own_columns as own_columns
 from jaxkd.kernels.reference import row_gradient as row_gradient
@@ -22,5 +24,3 @@ from jaxkd.kernels.signature import RowOptions as RowOptions
 from jaxkd.kernels.signature import RowSums as RowSums
 from jaxkd.kernels.signature import VocabularyShards as VocabularyShards
 from jaxkd.kernels.signature import names_of_sums as names_of_sums
-from jaxkd.kernels.top_tokens import at_tokens as at_tokens
-from jaxkd.kernels.top_tokens import top_tokens as top_tokens

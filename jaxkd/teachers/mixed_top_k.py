@@ -55,15 +55,16 @@ class MixedTopK:
         """Of the lists one after the other; that of a teacher of weight 0 is empty."""
         has_weight = self.weights != 0
         is_listed = [x.is_listed & has_weight[:, i : i + 1] for i, x in enumerate(self.teachers)]
-        ids = jnp.concatenate([x.token_ids for x in self.teachers], axis=1)
-        return jax.vmap(lambda *entries: partition_by(*entries, width))(ids, jnp.concatenate(is_listed, axis=1))
+        entries = jnp.concatenate([x.token_ids for x in self.teachers], axis=1), jnp.concatenate(is_listed, axis=1)
+        return jax.vmap(lambda ids, is_listed: partition_by(ids, is_listed, width))(*entries)
 
     def bucket_log_probs(
         self, partition: Partition, student: Buckets, temperature: jax.Array
     ) -> tuple[Float[Array, "C K1"], Bool[Array, " C"]]:
-        dtype, (size, width) = student.tokens.dtype, student.tokens.shape
-        weights = self.weights.astype(dtype)
-        each, is_sound, has_entries = [], jnp.all(weights >= 0, axis=1) & jnp.any(weights > 0, axis=1), []
+        width = student.tokens.shape[1]
+        weights = self.weights.astype(student.tokens.dtype)
+        is_sound = jnp.all(weights >= 0, axis=1) & jnp.any(weights > 0, axis=1)
+        each, has_entries = [], []
         for i, teacher in enumerate(self.teachers):
             own = teacher.partition(width)
             log_p, is_own_sound = teacher.bucket_log_probs(own, student, temperature)

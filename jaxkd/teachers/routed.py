@@ -26,16 +26,16 @@ MOST_TOGETHER = 256  # rows through a head at a time: more hardly repay its byte
 class Routed:
     """A teacher for each row, one of several, for `distillation_loss`: by domain, language or task.
 
-    The loss is that of a `Mixture` whose weights are 1 for the teacher and 0 for the others, without their products: the
-    rows of a chunk are sorted by teacher, and each teacher's go through its head in blocks. A block that is not full
-    adds at most half as many rows as the chunk has, all teachers together. Every divergence and implementation takes it.
+    The loss is that of a `Mixture` whose weights are 1 for the teacher and 0 for the others, without the products of
+    these: the rows of a chunk are sorted by teacher, and each teacher's go through its head in blocks. Blocks that are
+    not full take less than half as many rows more as the chunk has. Every divergence and implementation takes it.
 
     Args:
-      teachers: `LinearLogits` or `Logits` with the student's rows and one vocabulary; hidden sizes of their own, and any
-        values, NaN too, in rows that are not theirs. Teachers of one hidden size may share one array of hidden states,
-        each row its own teacher's. No gradient ever reaches them.
-      index: (...) integers: which of the teachers a row has, from 0. It may be traced. A row that counts with a negative
-        index, or a traced one beyond the last teacher, makes the loss NaN.
+      teachers: `LinearLogits` or `Logits` with the student's rows and one vocabulary; hidden sizes of their own, and
+        any values, NaN too, in rows that are not theirs. Teachers of one hidden size may share one array of hidden
+        states, each row its own teacher's. No gradient ever reaches them.
+      index: (...) integers: which of the teachers a row has, from 0. It may be traced. A row that counts with a
+        negative index, or a traced one beyond the last teacher, makes the loss NaN.
 
     The first row is the second teacher's, (1/4, 3/4), and the second one the first's, (1/2, 1/2), as the student's:
 
@@ -71,7 +71,9 @@ class Routed:
             )
         known = known_value(self.index)
         if known is not None and known.size and known.max() >= count:
-            raise ValueError(f"`{name}.index` has {known.max():.0f} but there are {count} teachers; give 0 to {count - 1}")
+            raise ValueError(
+                f"`{name}.index` has {known.max():.0f} but there are {count} teachers; give 0 to {count - 1}"
+            )
 
     def at(self, temperature: Any) -> "RoutedLogits":
         """The temperature of a loss is no matter: these are logits."""

@@ -109,9 +109,9 @@ class TopKLogProbs:
         >>> teacher = Logits(jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4]])))
         >>> student = Logits(jnp.array([[5.0, 4.0, 3.0, 2.0]]))
         >>> for top in (TopKLogProbs.of(teacher, 2), TopKLogProbs.of(teacher, 2, chosen_by=student)):
-        ...     print(top.token_ids, jnp.exp(top.log_probs).round(4))
-        [[3 2]] [[0.4 0.3]]
-        [[0 1]] [[0.1 0.2]]
+        ...     print(top.token_ids, (100 * jnp.exp(top.log_probs)).round())
+        [[3 2]] [[40. 30.]]
+        [[0 1]] [[10. 20.]]
         """
         _check_temperature("temperature", temperature)
         _check_tail("tail", tail)
