@@ -38,10 +38,10 @@ class TopKLogProbs(NamedTuple):
         """The soft loss of the counted rows, whose student logits are (n, V)."""
         alone = [[1.0]] * len(student)
         return _of_lists(
-            student / temperature, alone, [self.rows(counted, student, temperature)], self.tail, divergence
+            student / temperature, alone, [self.lists(counted, student, temperature)], self.tail, divergence
         )
 
-    def rows(self, counted: Tensor, student: Tensor, temperature: float) -> list[dict[int, Tensor]]:
+    def lists(self, counted: Tensor, student: Tensor, temperature: float) -> list[dict[int, Tensor]]:
         """The probability at the temperature of each token that a counted row lists."""
         log_probs, token_ids = (x.flatten(0, -2)[counted] for x in (self.log_probs.to(student.dtype), self.token_ids))
         width, ratio = student.shape[-1], self.temperature / temperature
@@ -92,18 +92,19 @@ class Mixture(NamedTuple):
     Of `TopKLogProbs`, all tokens that one of them lists, 0 in the others, and the rest.
     """
 
-    teachers: Sequence[LinearLogits | Logits] | Sequence[TopKLogProbs]
+    teachers: Sequence[LinearLogits | Logits | TopKLogProbs]
     weights: Tensor
 
     def soft(self, student: Tensor, counted: Tensor, temperature: float, divergence: Divergence) -> Tensor:
         weights = self.weights.to(student.dtype)
         weights = weights if weights.ndim == 1 else weights.flatten(0, -2)[counted]
-        if isinstance(first := self.teachers[0], TopKLogProbs):
-            lists = [x.rows(counted, student, temperature) for x in self.teachers]
+        if tops := [x for x in self.teachers if isinstance(x, TopKLogProbs)]:
+            lists = [x.lists(counted, student, temperature) for x in tops]
             by_row = weights.expand(len(student), -1).tolist()
-            return _of_lists(student / temperature, by_row, lists, first.tail, divergence)
+            return _of_lists(student / temperature, by_row, lists, tops[0].tail, divergence)
         shares = (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)  # (M, 1) or (n, M, 1)
-        each = [(x.rows(counted).to(student.dtype) / temperature).softmax(-1) for x in self.teachers]
+        sources = [x for x in self.teachers if not isinstance(x, TopKLogProbs)]
+        each = [(x.rows(counted).to(student.dtype) / temperature).softmax(-1) for x in sources]
         p = (shares * torch.stack(each, -2)).sum(-2)
         return divergence(p.log().detach(), (student / temperature).log_softmax(-1))
 
@@ -112,7 +113,7 @@ class Routed(NamedTuple):
     """Each row has one of the teachers: the one that index (...) names."""
 
     teachers: Sequence[LinearLogits | Logits]
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # not the tuple's method
 
     def soft(self, student: Tensor, counted: Tensor, temperature: float, divergence: Divergence) -> Tensor:
         each = torch.stack([x.rows(counted).to(student.dtype).detach() for x in self.teachers])
