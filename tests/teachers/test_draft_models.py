@@ -25,7 +25,7 @@ def recipe(x64):
     """What the document's lines define."""
     names = {"token_ids": jnp.asarray(TOKEN_IDS), "target_weight": jnp.asarray(TARGET.weight)}
     for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL):
-        exec(block, names)  # noqa: S102
+        exec(block, names)
     return names
 
 
