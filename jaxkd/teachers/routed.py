@@ -33,7 +33,7 @@ class Routed:
     Args:
       teachers: `LinearLogits` or `Logits` with the student's rows and one vocabulary; hidden sizes of their own, and
         any values, NaN too, in rows that are not theirs. Teachers of one hidden size may share one array of hidden
-        states, each row its own teacher's. No gradient ever reaches them.
+        states, each row its own teacher's. A vocabulary split over devices wants heads. No gradient ever reaches them.
       index: (...) integers: which of the teachers a row has, from 0. It may be traced. A row that counts with a
         negative index, or a traced one beyond the last teacher, makes the loss NaN.
 

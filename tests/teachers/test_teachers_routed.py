@@ -228,6 +228,29 @@ def test_inside_a_shard_map():
     assert cases.relative_error(got[1], want[1]) < 1e-5
 
 
+def test_vmap_checkpoint_and_forward_over_reverse():
+    """The number of blocks is known at run time alone, which only the reverse mode could not go through."""
+    heads, hidden = [x.astype(jnp.float32) for x in TEACHERS], jnp.asarray(STUDENT.hidden, jnp.float32)
+
+    def loss(hidden, index, kind):
+        teacher = kind(heads, index if kind is jaxkd.Routed else jax.nn.one_hot(index, 3))
+        student = jaxkd.LinearLogits(hidden, jnp.asarray(STUDENT.weight, jnp.float32))
+        return jaxkd.distillation_loss(student, teacher, LABELS, chunk_size=CHUNK)[0]
+
+    def results(kind):
+        of = partial(loss, kind=kind)
+        both = jnp.stack([INDEX, INDEX[::-1]])
+        return (
+            jax.vmap(jax.grad(of), in_axes=(None, 0))(hidden, both),
+            jax.grad(jax.checkpoint(of))(hidden, both[0]),
+            jax.jvp(lambda x: jax.grad(of)(x, both[0]), (hidden,), (hidden,))[1],
+        )
+
+    routed, mixed = (jax.jit(partial(results, kind))() for kind in (jaxkd.Routed, jaxkd.Mixture))
+    for x, y in zip(routed, mixed, strict=True):
+        assert cases.relative_error(x, y) < 1e-5
+
+
 def test_no_gradient_to_the_teachers():
     student, teachers = STUDENT.astype(jnp.float32), [x.astype(jnp.float32) for x in TEACHERS]
     loss = jax.jit(jax.grad(lambda x: jaxkd.distillation_loss(student, jaxkd.Routed(x, INDEX), chunk_size=CHUNK)[0]))
