@@ -67,6 +67,9 @@ def test_acceptance_rate(recipe, temperature):
     cut = jaxkd.LinearLogits(target.hidden, target.weight[TOKEN_IDS])
     apart = jaxkd.token_divergences(draft, cut, divergence=jaxkd.total_variation, temperature=temperature)
     assert np.all(1 - apart > rates)
+    pairs = jaxkd.VocabularyMap(target, jnp.arange(WIDTH), jnp.asarray(TOKEN_IDS))
+    nll = jaxkd.token_divergences(draft, pairs, divergence=jaxkd.overlap_nll, temperature=temperature)
+    np.testing.assert_allclose(nll, -np.log(rates), rtol=1e-10)
     masked = recipe["acceptance_rates"](draft, target, MASK, temperature)
     np.testing.assert_allclose(masked, np.where(MASK, rates, 0), rtol=1e-12)
 
@@ -95,7 +98,7 @@ def test_training_raises_the_rate(recipe):
     def rate_loss(weight):
         pairs = jaxkd.VocabularyMap(target, jnp.arange(WIDTH), token_ids)
         draft = jaxkd.LinearLogits(hidden, weight)
-        return jaxkd.distillation_loss(draft, pairs, divergence=jaxkd.total_variation)
+        return jaxkd.distillation_loss(draft, pairs, divergence=jaxkd.overlap_nll)
 
     weight, rates = jnp.zeros((WIDTH, hidden.shape[1])), []
     for loss, size in ((recipe_loss, 0.3), (rate_loss, 0.3)):
