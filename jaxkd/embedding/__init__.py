@@ -1,8 +1,8 @@
 """Losses of embedding models at batches whose similarities would not fit in memory.
 
 A batch of B rows has B x B similarities. Here a chunk of rows by all candidates is the most that exists at a time
-(`info_nce`, `nt_xent`, the triplets of a batch), or they are summed without being formed at all (`cosent`, `angle`). Semantics are those of
-sentence-transformers; where they differ, the docstring says so.
+(`info_nce`, `nt_xent`, the triplets of a batch), or they are summed without being formed at all (`cosent`, `angle`).
+Semantics are those of sentence-transformers; where they differ, the docstring says so.
 
 All take embeddings (B, D) of one floating type, compute in float32 (float64 for float64) and return ``(loss, metrics)``
 with float32 metrics that carry no gradient. A row of ``weights`` 0 is not there: it adds exactly nothing to the loss or

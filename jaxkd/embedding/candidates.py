@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkd.embedding.embedding_rows import as_embeddings, as_negatives, check_booleans
 from jaxkd.loop.checks import check_is_array, check_scalar
 
-
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 
 
@@ -78,7 +77,10 @@ class Columns(NamedTuple):
 def columns_of(
     directions: Collection[Direction], counts: Bool[Array, " B"], negatives: Bool[Array, "B K"], ids: Any
 ) -> Columns:
-    """Of the sides of `sides_of`, and in each the blocks of `blocks_of`; of all rows and negatives, those that count."""
+    """Of the sides of `sides_of`, and in each the blocks of `blocks_of`.
+
+    ``counts`` and ``negatives`` are those of all rows and their hard negatives that there are.
+    """
     num_rows, num_negatives = negatives.shape
     rows, is_positive = jnp.arange(num_rows, dtype=jnp.int32), jnp.arange(num_rows * (1 + num_negatives)) < num_rows
     owner = jnp.concatenate([rows, jnp.repeat(rows, num_negatives)])
@@ -128,9 +130,7 @@ def masked_logsumexp(logits: Float[Array, "C M"], mask: Bool[Array, "C M"]) -> F
     return jnp.where(is_any, jax.nn.logsumexp(jnp.where(mask | ~is_any[:, None], logits, -jnp.inf), axis=1), -jnp.inf)
 
 
-def check_candidates(
-    anchors: jax.Array, negatives: jax.Array | None, candidate_mask: Any, document_ids: Any, guide: Any
-) -> None:
+def check_candidates(anchors: jax.Array, negatives: jax.Array | None, candidate_mask: Any, document_ids: Any) -> None:
     num_rows, num_documents = anchors.shape[0], 1 + (0 if negatives is None else negatives.shape[1])
     if candidate_mask is not None:  # inside of a shard_map it has more columns than there are rows here
         columns = jnp.shape(candidate_mask)[-1:]
@@ -145,21 +145,21 @@ def check_candidates(
                 f"`document_ids` is {kind.name} {shape}; give integers ({num_rows}, {num_documents}), of each row's "
                 "positive and then of its negatives"
             )
-    if guide is not None:
-        _check_guide(guide, anchors, negatives)
 
 
-def _check_guide(guide: Any, anchors: jax.Array, negatives: jax.Array | None) -> None:
+def texts_of_guide(guide: Any, anchors: jax.Array, negatives: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Its anchors, positives and negatives, checked against the loss's own."""
     if not isinstance(guide, Guide):
         raise TypeError(f"`guide` is a {type(guide).__name__}; give a jaxkd.embedding.Guide")
-    own = as_embeddings(**{"guide.anchors": guide.anchors, "guide.positives": guide.positives})
-    if own[0].shape[0] != anchors.shape[0]:
-        raise ValueError(f"`guide.anchors` has shape {own[0].shape} but `anchors` has B={anchors.shape[0]}")
+    texts = as_embeddings(**{"guide.anchors": guide.anchors, "guide.positives": guide.positives})
+    if texts[0].shape[0] != anchors.shape[0]:
+        raise ValueError(f"`guide.anchors` has shape {texts[0].shape} but `anchors` has B={anchors.shape[0]}")
     if (guide.negatives is None) != (negatives is None):
         raise ValueError("`guide.negatives` and `negatives` belong together; give both or neither")
-    if negatives is not None and as_negatives("guide.negatives", guide.negatives, own[0]).shape[1] != negatives.shape[1]:
-        raise ValueError(
-            f"`guide.negatives` has shape {jnp.shape(guide.negatives)} but `negatives` has K={negatives.shape[1]}"
-        )
+    if negatives is not None:
+        texts.append(as_negatives("guide.negatives", guide.negatives, texts[0], "guide.anchors"))
+        if texts[2].shape[1] != negatives.shape[1]:
+            raise ValueError(f"`guide.negatives` has K={texts[2].shape[1]} but `negatives` K={negatives.shape[1]}")
     check_scalar("guide.margin", guide.margin)
     check_scalar("guide.relative_margin", guide.relative_margin)
+    return tuple(jax.lax.stop_gradient(x) for x in texts)

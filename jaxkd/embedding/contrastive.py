@@ -19,6 +19,7 @@ from jaxkd.embedding.candidates import (
     mask_of_documents,
     masked_logsumexp,
     sides_of,
+    texts_of_guide,
 )
 from jaxkd.embedding.embedding_rows import (
     as_embeddings,
@@ -117,7 +118,7 @@ def info_nce(
     scale = scale_of(scale, temperature)
     chosen = _checked_directions(directions, symmetric)
     negative_mask = as_negative_mask(negative_mask, negatives)
-    check_candidates(anchors, negatives, candidate_mask, document_ids, guide)
+    check_candidates(anchors, negatives, candidate_mask, document_ids)
     check_counting(anchors, weights, normalizer)
     if chunk_size is not None:
         check_size("chunk_size", chunk_size)
@@ -128,10 +129,10 @@ def info_nce(
         rows["ids"] = jnp.reshape(jnp.asarray(document_ids), (anchors.shape[0], -1))
     shared = {"scale": scale, "normalizer": normalizer, "margins": None}
     if guide is not None:
-        of_guide = [jax.lax.stop_gradient(jnp.asarray(x)) for x in (guide.anchors, guide.positives)]
-        if guide.negatives is not None:
-            of_guide.append(jax.lax.stop_gradient(as_negatives("guide.negatives", guide.negatives, of_guide[0])))
-        rows["guide"], shared["margins"] = tuple(of_guide), (guide.margin, guide.relative_margin)
+        rows["guide"], shared["margins"] = (
+            texts_of_guide(guide, anchors, negatives),
+            (guide.margin, guide.relative_margin),
+        )
     return over_devices(sharding, partial(_info_nce, chosen, symmetric, chunk_size), rows, shared)
 
 
@@ -170,7 +171,9 @@ def _info_nce(
         def cosines(texts: dict[str, Any], scale: Any = None) -> CosineLogits:
             among = [devices.gather(x.reshape(-1, x.shape[-1])) for name in blocks for x in texts[name]]
             queries = [texts[side][0] for side in sides]
-            kind, queries = (CosineLogits, queries[0]) if len(sides) == 1 else (PairedCosineLogits, jnp.stack(queries, 1))
+            kind, queries = (
+                (CosineLogits, queries[0]) if len(sides) == 1 else (PairedCosineLogits, jnp.stack(queries, 1))
+            )
             return kind(queries, jnp.concatenate(among), scale=scale)
 
         guided = None if of_guide is None else cosines(of_guide)

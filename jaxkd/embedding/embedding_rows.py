@@ -42,17 +42,17 @@ def as_embeddings(**embeddings: Any) -> list[jax.Array]:
     return [jnp.asarray(x) for x in embeddings.values()]
 
 
-def as_negatives(name: str, negatives: Any, anchors: jax.Array) -> jax.Array:
+def as_negatives(name: str, negatives: Any, anchors: jax.Array, of: str = "anchors") -> jax.Array:
     """(B, K, D) of (B, D) or (B, K, D)."""
     check_floating(name, negatives)
-    num_rows, size = anchors.shape
+    negatives, (num_rows, size) = jnp.asarray(negatives), anchors.shape
     if negatives.ndim not in (2, 3) or (negatives.shape[0], negatives.shape[-1]) != (num_rows, size):
         raise ValueError(
-            f"`{name}` has shape {negatives.shape} but `anchors` has {anchors.shape}; give ({num_rows}, {size}) or "
+            f"`{name}` has shape {negatives.shape} but `{of}` has {anchors.shape}; give ({num_rows}, {size}) or "
             f"({num_rows}, K, {size})"
         )
-    check_same_type(name, negatives, "anchors", anchors)
-    return jnp.reshape(jnp.asarray(negatives), (num_rows, -1, size))
+    check_same_type(name, negatives, of, anchors)
+    return negatives[:, None] if negatives.ndim == 2 else negatives
 
 
 def check_booleans(name: str, x: Any, shape: tuple[int, ...]) -> None:

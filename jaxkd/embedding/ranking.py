@@ -67,10 +67,11 @@ def angle(
     weights: ArrayLike | None = None,
     sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """AnglE: `cosent` with a similarity of embeddings read as complex vectors, which does not saturate as a cosine does.
+    """AnglE: `cosent` with a similarity of complex vectors, which does not saturate as a cosine does.
 
-    The similarity is ``|Re z + Im z|`` of ``z = <first / |first|, second / |second|>``, the second half of a vector
-    being its imaginary part, as in the authors' code. Their paper adds this loss to `cosent` and `info_nce`.
+    The similarity is ``|Re z + Im z|`` of ``z = sum_d x_d conj(y_d)``, x and y being the embeddings at length 1, the
+    second half of each its imaginary part, as in the authors' code. Their paper adds this loss to `cosent` and
+    `info_nce`.
 
     Args:
       first, second, labels, scale, temperature, weights, sharding: as in `cosent`.

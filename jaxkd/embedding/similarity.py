@@ -29,10 +29,9 @@ def dot(x: Float[Array, "... D"], y: Float[Array, "... D"]) -> Float[Array, "...
 
 
 def angle_similarity(x: Float[Array, "... D"], y: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """``|cos + sin|`` of rows read as complex vectors, whose second half is imaginary; gradient 0 where it is 0.
+    """``|Re z + Im z|`` of ``z = sum_d x_d conj(y_d)``, rows of length 1, their second half the imaginary part.
 
-    With z = <x / |x|, y / |y|> of the complex vectors, it is the absolute sum of z's real and imaginary part. A last
-    component without a partner has an imaginary part of 0.
+    A last component without a partner has an imaginary part of 0. The gradient is 0 where the similarity is.
     """
     x, y = unit(x), unit(y)
     half = -(-x.shape[-1] // 2)

@@ -49,8 +49,8 @@ def margin_mse(
     Args:
       anchors, positives: (B, D) floating; row i of one belongs to row i of the other.
       negatives: (B, D) or (B, K, D): each row's own.
-      teacher_scores: (B, 1 + K) floating, of the positive and then the negatives; or the margins ``t_i0 - t_ik``, (B, K)
-        or, for one negative each, (B,). No gradient reaches them.
+      teacher_scores: (B, 1 + K) floating, of the positive and then the negatives; or the margins ``t_i0 - t_ik``,
+        (B, K) or, for one negative each, (B,). No gradient reaches them.
       similarity: `dot`, `cosine_similarity` or a function of (..., D) arrays to (...).
       negative_mask: (B, K) booleans, or (B,) for one negative each: the negatives that there are. A row without any
         does not count.
