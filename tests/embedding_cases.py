@@ -67,7 +67,7 @@ def info_nce(
         sums = 0
         for direction in directions:
             side, block = (texts[x] for x in direction.split("_to_"))
-            similarities = cosines(side[:, 0], block.reshape(-1, D)).reshape(len(side), *block.shape[:2])
+            similarities = cosines(side[:, 0], block.reshape(-1, block.shape[2])).reshape(-1, *block.shape[:2])
             sums = sums + np.sum(np.exp(scale * similarities) * kept[direction], axis=(1, 2))
         return np.log(sums) - scale * own_cosines
 

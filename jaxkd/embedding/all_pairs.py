@@ -67,8 +67,10 @@ class PairedCosineLogits(CosineLogits):
     def product_pullback(self, dproduct: Float[Array, "C V"], wanted: frozenset[str]) -> Gradients:
         of_sides = zip(self._sides(), jnp.split(dproduct, 2, axis=1), strict=True)
         first, second = (side.product_pullback(d, wanted) for side, d in of_sides)
-        combined = {"hidden": lambda x, y: jnp.stack([x, y], axis=1), "weight": jnp.add}
-        return {name: combined[name](x, second[name]) for name, x in first.items()}
+        gradients = {"weight": first["weight"] + second["weight"]} if "weight" in wanted else {}
+        if "hidden" in wanted:
+            gradients["hidden"] = jnp.stack([first["hidden"], second["hidden"]], axis=1)
+        return gradients
 
     def _sides(self) -> list[CosineLogits]:
         return [CosineLogits(self.hidden[:, i], self.weight) for i in range(2)]

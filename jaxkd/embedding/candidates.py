@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkd.embedding.embedding_rows import as_embeddings, as_negatives, check_booleans
 from jaxkd.loop.checks import check_is_array, check_scalar
 
-Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +75,7 @@ class Columns(NamedTuple):
 
 
 def columns_of(
-    directions: Collection[Direction], counts: Bool[Array, " B"], negatives: Bool[Array, "B K"], ids: Any
+    directions: Collection[str], counts: Bool[Array, " B"], negatives: Bool[Array, "B K"], ids: Any
 ) -> Columns:
     """Of the sides of `sides_of`, and in each the blocks of `blocks_of`.
 
@@ -101,12 +101,12 @@ def columns_of(
     return jax.tree.map(lambda *x: jnp.concatenate(x), *blocks)
 
 
-def sides_of(directions: Collection[Direction]) -> list[str]:
+def sides_of(directions: Collection[str]) -> list[str]:
     """What is compared."""
     return [x for x in ("query", "doc") if any(d.startswith(x) for d in directions)]
 
 
-def blocks_of(directions: Collection[Direction]) -> list[str]:
+def blocks_of(directions: Collection[str]) -> list[str]:
     """What it is compared with."""
     return [x for x in ("doc", "query") if any(d.endswith(x) for d in directions)]
 

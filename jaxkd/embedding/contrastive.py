@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.embedding.all_pairs import CosineLogits, PairedCosineLogits
 from jaxkd.embedding.candidates import (
-    Direction,
+    DIRECTIONS,
     Guide,
     blocks_of,
     check_candidates,
@@ -47,7 +47,7 @@ def info_nce(
     scale: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
     symmetric: bool = False,
-    directions: Collection[Direction] = ("query_to_doc",),
+    directions: Collection[str] = ("query_to_doc",),
     negative_mask: ArrayLike | None = None,
     candidate_mask: ArrayLike | None = None,
     document_ids: ArrayLike | None = None,
@@ -123,11 +123,11 @@ def info_nce(
     if chunk_size is not None:
         check_size("chunk_size", chunk_size)
 
-    rows = {"anchors": anchors, "positives": positives, "negatives": negatives, "weights": weights}
+    rows: dict[str, Any] = {"anchors": anchors, "positives": positives, "negatives": negatives, "weights": weights}
     rows |= {"negative_mask": negative_mask, "mask": candidate_mask, "guide": None, "ids": None}
     if document_ids is not None:
         rows["ids"] = jnp.reshape(jnp.asarray(document_ids), (anchors.shape[0], -1))
-    shared = {"scale": scale, "normalizer": normalizer, "margins": None}
+    shared: dict[str, Any] = {"scale": scale, "normalizer": normalizer, "margins": None}
     if guide is not None:
         rows["guide"], shared["margins"] = (
             texts_of_guide(guide, anchors, negatives),
@@ -137,7 +137,7 @@ def info_nce(
 
 
 def _info_nce(
-    directions: tuple[Direction, ...],
+    directions: tuple[str, ...],
     symmetric: bool,
     chunk_size: int | None,
     devices: Devices,
@@ -150,12 +150,12 @@ def _info_nce(
 
     def texts(anchors: jax.Array, positives: jax.Array, negatives: jax.Array | None = None) -> dict[str, Any]:
         """By the names that they have in a direction, zeros where nothing is there."""
+        there = [x for x in (anchors, positives, negatives) if x is not None]
         if weights is not None:
-            anchors, positives = only(counts, anchors), only(counts, positives)
-            negatives = None if negatives is None else only(counts, negatives)
+            there = [only(counts, x) for x in there]
         if negative_mask is not None:
-            negatives = only(negative_mask, negatives)
-        return {"query": [anchors], "doc": [positives, *(() if negatives is None else (negatives,))]}
+            there[2] = only(negative_mask, there[2])
+        return {"query": there[:1], "doc": there[1:]}
 
     of_model = texts(rows["anchors"], rows["positives"], rows["negatives"])
     of_guide = None if rows["guide"] is None else texts(*rows["guide"])
@@ -165,16 +165,15 @@ def _info_nce(
     if rows["mask"] is not None:
         of_rows["mask"] = mask_of_documents(jnp.asarray(rows["mask"]), all_counts.size, num_negatives)
 
-    def compared(directions: tuple[Direction, ...]) -> tuple[jax.Array, Metrics]:
+    def contrasted(directions: tuple[str, ...]) -> tuple[jax.Array, Metrics]:
         sides, blocks = sides_of(directions), blocks_of(directions)
 
         def cosines(texts: dict[str, Any], scale: Any = None) -> CosineLogits:
             among = [devices.gather(x.reshape(-1, x.shape[-1])) for name in blocks for x in texts[name]]
-            queries = [texts[side][0] for side in sides]
-            kind, queries = (
-                (CosineLogits, queries[0]) if len(sides) == 1 else (PairedCosineLogits, jnp.stack(queries, 1))
-            )
-            return kind(queries, jnp.concatenate(among), scale=scale)
+            compared = [texts[side][0] for side in sides]
+            if len(sides) == 1:
+                return CosineLogits(compared[0], jnp.concatenate(among), scale=scale)
+            return PairedCosineLogits(jnp.stack(compared, axis=1), jnp.concatenate(among), scale=scale)
 
         guided = None if of_guide is None else cosines(of_guide)
         columns = None
@@ -196,9 +195,9 @@ def _info_nce(
             sharding=devices.sharding,
         )
 
-    loss, metrics = compared(directions)
+    loss, metrics = contrasted(directions)
     if symmetric:
-        backward_loss, backward = compared(("doc_to_query",))
+        backward_loss, backward = contrasted(("doc_to_query",))
         loss = (loss + backward_loss) / 2
         metrics = metrics | {"accuracy": (metrics["accuracy"] + backward["accuracy"]) / 2}
     counted = metrics["num_rows"] if weights is None else devices.total(jnp.sum(counts, dtype=jnp.float32))
@@ -294,10 +293,9 @@ def _pairs(logits: Float[Array, "C B"], places: Int[Array, " C"], per_row: Any, 
     return jnp.sum(jnp.where(is_positive, losses, 0), axis=1), {"accuracy": jnp.sum(is_first, 1, logits.dtype)}
 
 
-def _checked_directions(directions: Any, symmetric: bool) -> tuple[Direction, ...]:
-    known = get_args(Direction)
-    if isinstance(directions, str) or not set(directions) <= set(known) or "query_to_doc" not in directions:
-        raise ValueError(f'`directions` is {directions!r}; give "query_to_doc" and what else you want of {known}')
+def _checked_directions(directions: Any, symmetric: bool) -> tuple[str, ...]:
+    if isinstance(directions, str) or not set(directions) <= set(DIRECTIONS) or "query_to_doc" not in directions:
+        raise ValueError(f'`directions` is {directions!r}; give "query_to_doc" and what else you want of {DIRECTIONS}')
     if symmetric and set(directions) != {"query_to_doc"}:
         raise ValueError("`symmetric` is the mean of two sums, `directions` make one; leave one of them out")
-    return tuple(x for x in known if x in directions)
+    return tuple(x for x in DIRECTIONS if x in directions)

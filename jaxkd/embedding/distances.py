@@ -12,6 +12,8 @@ from jaxkd.embedding.similarity import cosine_similarity, inverse_length, widene
 from jaxkd.logits import LinearLogits
 from jaxkd.logits.array_ops import logits_dtype
 
+AllPairs = Callable[[jax.Array, jax.Array], LinearLogits]
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -28,7 +30,7 @@ class Distance:
 
     between: Callable[[jax.Array, jax.Array], jax.Array]
     order: Callable[[jax.Array, jax.Array], jax.Array]
-    all_pairs: Callable[[jax.Array, jax.Array], LinearLogits] | None = None
+    all_pairs: AllPairs | None = None
 
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return self.between(x, y)

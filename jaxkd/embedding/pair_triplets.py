@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.embedding.distances import Distance, euclidean
+from jaxkd.embedding.distances import AllPairs, Distance, euclidean
 from jaxkd.embedding.embedding_rows import as_embeddings, check_classes, check_counting
 from jaxkd.embedding.labelled_rows import labelled_rows, partners
 from jaxkd.embedding.over_devices import Devices, over_devices
@@ -67,14 +67,14 @@ def batch_semi_hard_triplet(
 
 
 def _semi_hard(
-    distance: Distance, chunk_size: int | None, devices: Devices, rows: dict[str, Any], shared: dict[str, Any]
+    all_pairs: AllPairs, chunk_size: int | None, devices: Devices, rows: dict[str, Any], shared: dict[str, Any]
 ) -> tuple[jax.Array, Metrics]:
     batch = labelled_rows(devices, rows)
     num_positives, num_negatives = batch.num_partners()
     num_pairs = jnp.where(num_negatives > 0, num_positives, 0)
     loss, sums = batch.sums(
         _semi_hard_rows,
-        distance.all_pairs(batch.embeddings, batch.everyone),
+        all_pairs(batch.embeddings, batch.everyone),
         shared["margin"],
         normalizer=batch.total(num_pairs) if shared["normalizer"] is None else shared["normalizer"],
         chunk_size=chunk_size,
@@ -156,14 +156,14 @@ def batch_all_triplet(
 
 
 def _all(
-    distance: Distance, chunk_size: int | None, devices: Devices, rows: dict[str, Any], shared: dict[str, Any]
+    all_pairs: AllPairs, chunk_size: int | None, devices: Devices, rows: dict[str, Any], shared: dict[str, Any]
 ) -> tuple[jax.Array, Metrics]:
     batch = labelled_rows(devices, rows)
     num_positives, num_negatives = batch.num_partners()
     num_triplets = num_positives.astype(batch.weights.dtype) * num_negatives.astype(batch.weights.dtype)
     loss, sums = batch.sums(
         _all_rows,
-        distance.all_pairs(batch.embeddings, batch.everyone),
+        all_pairs(batch.embeddings, batch.everyone),
         shared["margin"],
         chunk_size=chunk_size,
     )
@@ -227,4 +227,4 @@ def _of_pairs(
         check_size("chunk_size", chunk_size)
     rows = {"embeddings": embeddings, "labels": labels, "weights": weights}
     shared = {"margin": margin, "normalizer": normalizer}
-    return over_devices(sharding, partial(function, distance, chunk_size), rows, shared)
+    return over_devices(sharding, partial(function, distance.all_pairs, chunk_size), rows, shared)
