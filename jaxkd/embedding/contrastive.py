@@ -84,7 +84,7 @@ def info_nce(
       weights: (B,) non-negative factors of the rows, or None for 1.
       normalizer: what divides the sum; None is the sum of the weights.
       chunk_size: rows whose similarities exist at a time, at most; None takes an eighth of the rows, or as many as
-        256 MiB allow where that is less.
+        256 MiB allow where that is less, and fewer where ``directions`` or a guide ask for more than one.
       sharding: a `jaxkd.Sharding` that says over which mesh axes the rows are split; None is one device, or on Explicit
         mesh axes what the types of the arrays say. Candidates are gathered as embeddings, never as similarities.
 
@@ -182,7 +182,8 @@ def _info_nce(
             ids = None if rows["ids"] is None else devices.gather(rows["ids"])
             columns = columns_of(directions, all_counts, devices.gather(there), ids)
         logits = cosines(of_model, shared["scale"])
-        width = logits.vocabulary * (1 if guided is None else 2)
+        num_candidates = all_counts.size * (1 + num_negatives)
+        num_arrays = -(-logits.vocabulary // num_candidates) * (1 if guided is None else 2)
         return chunked_loss(
             _cross_entropy,
             logits,
@@ -191,7 +192,7 @@ def _info_nce(
             shared={"columns": columns, "margins": shared["margins"]},
             weights=weights,
             normalizer=shared["normalizer"],
-            chunk_size=chunk_size or chunk_size_for(num_rows, width, dtype),
+            chunk_size=chunk_size or chunk_size_for(num_rows, num_candidates, dtype, num_arrays),
             sharding=devices.sharding,
         )
 

@@ -23,9 +23,10 @@ def only(counts: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.expand_dims(counts, range(counts.ndim, x.ndim)), x, jnp.zeros((), x.dtype))
 
 
-def chunk_size_for(num_rows: int, num_candidates: int, dtype: jnp.dtype) -> int:
-    """At most an eighth of the rows, so that the whole never exists, and 2**28 bytes."""
-    return min(default_chunk_size(num_rows, 8 * dtype.itemsize * num_candidates), -(-num_rows // 8))
+def chunk_size_for(num_rows: int, num_candidates: int, dtype: jnp.dtype, num_arrays: int = 1) -> int:
+    """At most an eighth of the rows, so that the whole never exists, and 2**28 bytes, of ``num_arrays`` at a time."""
+    most = default_chunk_size(num_rows, 8 * dtype.itemsize * num_candidates * num_arrays)
+    return min(most, -(-num_rows // (8 * num_arrays)))
 
 
 def as_embeddings(**embeddings: Any) -> list[jax.Array]:

@@ -53,10 +53,12 @@ class LabelledRows(NamedTuple):
         *,
         normalizer: Any = 1,
         chunk_size: int | None,
+        num_arrays: int = 1,
     ) -> tuple[jax.Array, Metrics]:
         """The loss and the sums of ``function(values (C, B), places, labels, shared)``, a chunk of rows at a time.
 
         ``partners(places, labels, shared)`` are the masks of these rows, ``shared["options"]`` what is given here.
+        ``num_arrays`` as large as the values exist at a time.
         """
         dtype = logits_dtype(self.embeddings)
         return chunked_sums(
@@ -67,7 +69,7 @@ class LabelledRows(NamedTuple):
             shared={"labels": self.all_labels, "counts": self.all_counts, "options": options},
             weights=self.weights,
             normalizer=normalizer,
-            chunk_size=chunk_size or chunk_size_for(self.labels.size, self.all_labels.size, dtype),
+            chunk_size=chunk_size or chunk_size_for(self.labels.size, self.all_labels.size, dtype, num_arrays),
             sharding=self.devices.sharding,
         )
 

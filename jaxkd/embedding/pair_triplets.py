@@ -78,6 +78,7 @@ def _semi_hard(
         shared["margin"],
         normalizer=batch.total(num_pairs) if shared["normalizer"] is None else shared["normalizer"],
         chunk_size=chunk_size,
+        num_arrays=4,
     )
     names = ("positive_distance", "negative_distance", "accuracy")
     counted = {"num_rows": batch.number(num_pairs > 0), "num_pairs": batch.number(num_pairs)}
@@ -166,6 +167,7 @@ def _all(
         all_pairs(batch.embeddings, batch.everyone),
         shared["margin"],
         chunk_size=chunk_size,
+        num_arrays=6,
     )
     active = sums["active"]
     divisor = active if shared["normalizer"] is None else jnp.asarray(shared["normalizer"], loss.dtype)

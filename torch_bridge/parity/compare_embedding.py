@@ -67,7 +67,7 @@ def _comparisons(dtype: torch.dtype, device: str) -> list[Comparison]:
         case("info_nce", "guide", triplets | learned, directions=every[:2], guide=guide, chunk_size=CHUNK),
         case("nt_xent", "classes", rows, labels=classes, chunk_size=CHUNK),
         case("nt_xent", "temperature 0.5, weights", rows, labels=classes, temperature=0.5, weights=weights),
-        case("angle", "grades with ties", graded, labels=grades),
+        case("angle", "grades with ties, scale 2", graded, labels=grades, scale=2.0),
         case("cosent", "grades with ties", graded, labels=grades),
         case("cosent", "weights, learned scale", graded | learned, labels=grades, weights=weights),
         case("triplet", "Euclidean, margin 5", triplets),
