@@ -90,7 +90,7 @@ def _margin_mse(
     if taught.shape == scores.shape:
         taught = taught[:, :1] - taught[:, 1:]
     own, is_negative = scores[:, :1] - scores[:, 1:], is_there[:, 1:]
-    number = jnp.maximum(jnp.sum(is_negative, axis=1), 1)
+    number = jnp.maximum(jnp.sum(is_negative, axis=1, dtype=scores.dtype), 1)
 
     def of_row(x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(is_negative, x, 0), axis=1) / number
