@@ -91,7 +91,7 @@ def alpha_score(alpha: ArrayLike) -> Score:
     check_scalar("alpha", alpha)
 
     def score(log_ratio: jax.Array) -> jax.Array:
-        power = jnp.asarray(alpha, log_ratio.dtype) - 1
+        power = jnp.asarray(alpha, jnp.result_type(log_ratio)) - 1
         is_limit = power == 0
         power = jnp.where(is_limit, 1, power)
         return jnp.where(is_limit, log_ratio, expm1_of(power * log_ratio) / power)
