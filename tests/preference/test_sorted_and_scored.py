@@ -66,8 +66,8 @@ def test_a_score_far_from_the_reference_has_a_slope():
     assert float(slope[0]) == pytest.approx(-0.1 * exp(20), rel=1e-5)
 
 
-# Three pairs: chosen - rejected is 2, -1 and 5 under the policy, 0, 3 and 1 under the reference; policy - reference is 4,
-# 1 and 0 of the chosen, 2, 5 and -4 of the rejected answers.
+# Three pairs: chosen - rejected is 2, -1 and 5 under the policy, 0, 3 and 1 under the reference; policy - reference is
+# 4, 1 and 0 of the chosen, 2, 5 and -4 of the rejected answers.
 TRIPLE = [jnp.array(x) for x in ([4.0, 1.0, 1.0], [2.0, 2.0, -4.0], [0.0, 0.0, 1.0], [0.0, -3.0, 0.0])]
 RANKED = {  # at beta = 1: the differences of what is sorted
     "aot": (-1 - 0, 2 - 1, 5 - 3),
