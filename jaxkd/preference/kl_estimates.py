@@ -7,7 +7,7 @@ slopes, for the policy also decides what is sampled. With ``x = policy - referen
 | --- | --- | --- | --- |
 | `k1` | x | nothing: its slopes have mean 0 | KL(policy‖reference) |
 | `k2` | x^2 / 2 | KL(policy‖reference) | the mean of x^2 / 2 |
-| `k3` | exp(-x) - 1 + x | KL(reference‖policy) | KL(policy‖reference), with the least variance |
+| `k3` | exp(-x) - 1 + x | KL(reference‖policy) | KL(policy‖reference), with less variance near it |
 
 Above a log-ratio of 20 every exponential is its tangent there.
 """
@@ -61,7 +61,7 @@ def bias_corrected(estimate: KLEstimate) -> KLEstimate:
     Of tokens that an older policy sampled the mean is right too. Where ``old`` is None r is 1, but not its slope. With
     `k3` it is the default of TRL 1.16.
 
-    Source: DeepSeek-AI, "DeepSeek-V3.2" (arXiv 2512.02556), section 3.1.
+    Source: DeepSeek-AI, "DeepSeek-V3.2" (arXiv 2512.02556).
     """
     return replace(estimate, is_corrected=True)
 

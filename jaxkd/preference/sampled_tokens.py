@@ -34,8 +34,8 @@ def sampled_kl(
       reference: (B, T) those of the reference.
       mask: (B, T) booleans or 0 and 1: the tokens that count. What the others hold is never read.
       kl_estimate: ``bias_corrected(k3)`` has the policy gradient of reverse KL, r (policy - reference) times that of
-        ``policy``, as `k2` has. ``bias_corrected(k1)`` has it with more variance. `k1` has no gradient in the mean, and
-        `k3` that of the forward KL.
+        ``policy``, as `k2` has. ``bias_corrected(k1)`` has it with more variance near the reference. `k1` has no
+        gradient in the mean, and `k3` that of the forward KL.
       max_ratio: the largest factor, above 0; None for no bound.
       importance_weights: (B,) or (B, T) further factors, constants to differentiation.
       weights: (B,) non-negative factors of the answers, or None for 1. One of weight 0 adds exactly nothing.

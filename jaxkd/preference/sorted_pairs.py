@@ -8,6 +8,7 @@ up to the whole, for each is sorted alone.
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxkd.preference.counted_answers import Mean, Result
@@ -71,13 +72,21 @@ def aot_unpaired(
 def _compared(pairs: Pairs, better: jax.Array, worse: jax.Array, label_smoothing: ArrayLike) -> Result:
     """Between two marks that follow each other, neither side's quantile changes: a weight of its own, (2 B,)."""
     wrong = pairs.wrong_share(label_smoothing)
-    weights = pairs.mean.weights
-    sides = [_sorted(x, weights) for x in (better, worse)]
+    weights = _whole(pairs.mean.weights)
+    sides = [_sorted(_whole(x), weights) for x in (better, worse)]
     marks = jnp.sort(jnp.concatenate([upper for _, upper in sides]))
     before = jnp.concatenate([jnp.zeros_like(marks[:1]), marks[:-1]])
     quantiles = [x[jnp.searchsorted(upper, (before + marks) / 2).clip(0, x.size - 1)] for x, upper in sides]
     losses = smoothed(pairs.beta * (quantiles[0] - quantiles[1]), wrong)
     return pairs.result(losses, mean=Mean(marks - before, pairs.mean.total))
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """On every device, where its type says how it is split: JAX sorts no axis that is."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _sorted(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
