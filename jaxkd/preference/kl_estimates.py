@@ -1,7 +1,7 @@
 """Estimates of KL(policy‖reference) from sampled tokens: k1, k2, k3, and each with the gradient of what it estimates.
 
-Of tokens that the policy sampled, k1 and k3 have the divergence as their mean, and k2 nearly. But the slope of a mean is
-not the mean of the slopes, for the policy also decides what is sampled. With ``x = policy - reference`` of a token's
+Of tokens that the policy sampled, k1 and k3 have the divergence as their mean, and k2 nearly. But the slope of a mean
+is not the mean of the slopes, for the policy also decides what is sampled. With ``x = policy - reference`` of a token's
 log-probabilities:
 
 | | value | descends | `bias_corrected` descends |
