@@ -86,6 +86,29 @@ def alpha_divergence(alpha):
     return truth
 
 
+def alpha_beta(alpha, beta):
+    def truth(lp, lq):
+        p, q, s = np.exp(lp), np.exp(lq), alpha + beta
+        product = p**alpha * q**beta
+        return (alpha / s * p**s + beta / s * q**s - product).sum(-1) / (alpha * beta), (q**s - product) / alpha
+
+    return truth
+
+
+def overlap_nll(lp, lq):
+    overlap = np.exp(np.minimum(lp, lq)).sum(-1)
+    return -np.log(overlap), total_variation(lp, lq)[1] / overlap[..., None]
+
+
+def renyi(alpha):
+    def truth(lp, lq):
+        product = np.exp(lp) ** alpha * np.exp(lq) ** (1 - alpha)
+        total = product.sum(-1)
+        return np.log(total) / (alpha - 1), -product / total[..., None]
+
+    return truth
+
+
 class Case(NamedTuple):
     make: Callable[[], jaxkd.Divergence]
     truth: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -105,6 +128,9 @@ DIVERGENCES = {
     "hellinger": Case(lambda: jaxkd.hellinger, hellinger),
     "alpha_divergence": Case(lambda: jaxkd.alpha_divergence(), alpha_divergence(0.5)),
     "alpha_divergence_0.3": Case(lambda: jaxkd.alpha_divergence(alpha=0.3), alpha_divergence(0.3)),
+    "alpha_beta": Case(lambda: jaxkd.alpha_beta(0.3, 0.6), alpha_beta(0.3, 0.6)),
+    "overlap_nll": Case(lambda: jaxkd.overlap_nll, overlap_nll),
+    "renyi": Case(lambda: jaxkd.renyi(), renyi(0.5)),
 }
 ONE_OF_EACH = [name for name in DIVERGENCES if not name[-1].isdigit()]
 

@@ -7,6 +7,7 @@ the next run under `.pytest_cache` (`pytest --cache-clear` drops it); programs t
 import gc
 import hashlib
 import importlib.util
+import inspect
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 NEEDS_TORCH = ["bridge/*", "*smollm2*.py", "*test_bridge_example.py"]
@@ -27,23 +29,38 @@ hypothesis.settings.register_profile("jaxkd", deadline=None, derandomize=True, d
 hypothesis.settings.register_profile("fuzz", deadline=None, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile("jaxkd")
 
-# The emitters before XLA's fusion emitters compile in half the time. jaxlib ends at a flag that it does not know.
-QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false"
+# The emitters before XLA's fusion emitters compile in half the time, in a jaxlib that still has them. A program is one
+# LLVM module, where by default it is cut into many for idle cores: a quarter less, while every core has a worker.
+QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 MOST_WORKERS = 16  # a worker holds up to 2 GB
 
 
 def _quick_to_compile():
-    """Before JAX starts its backend; workers inherit it."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if QUICK_TO_COMPILE in flags:
+    """Before JAX starts its backend. jaxlib ends at a flag that it does not know, and so another process tries each."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # inherits what is set here
         return
-    flags = f"{flags} {QUICK_TO_COMPILE}".strip()
-    parsed = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
-    if subprocess.run(parsed, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True).returncode == 0:
-        os.environ["XLA_FLAGS"] = flags
+    parse = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
+    for flag in QUICK_TO_COMPILE:
+        if subprocess.run(parse, env={**os.environ, "XLA_FLAGS": flag}, capture_output=True).returncode == 0:
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+
+def _check_shapes_where_they_are_said():
+    """jaxtyping wraps every function of the modules in pyproject.toml, most of which say no shape: half of tracing."""
+    checked = jaxtyping.jaxtyped
+
+    def jaxtyped(*, typechecker):
+        def decorated(x):
+            annotations = inspect.get_annotations(x.__init__ if inspect.isclass(x) else x).values()
+            return checked(x, typechecker=typechecker) if "jaxtyping." in str([*annotations]) else x
+
+        return decorated
+
+    jaxtyping.jaxtyped = jaxtyped
 
 
 _quick_to_compile()
+_check_shapes_where_they_are_said()
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; all others see the first
 
 

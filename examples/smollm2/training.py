@@ -17,12 +17,13 @@ def optimizer_for(learning_rate, steps):
 
 
 def make_train_step(graphdef, optimizer, **loss_options):
-    """``step(state, batch, soft_weight, hard_weight) -> (state, metrics)``, compiled once for both arms.
+    """``step(state, batch, soft_weight, hard_weight) -> (state, metrics)``, compiled once an arm.
 
+    The weights are numbers known to the compiler: with a ``soft_weight`` of 0 the teacher's head is not multiplied.
     ``state`` is ``{"params", "opt_state"}`` and is donated; ``batch`` is (tokens, labels, teacher).
     """
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
     def step(state, batch, soft_weight, hard_weight):
         tokens, labels, teacher = batch
 

@@ -8,6 +8,9 @@ from jaxkd.divergences.declaration import Divergence as Divergence
 from jaxkd.divergences.declaration import RowDivergence as RowDivergence
 from jaxkd.divergences.declaration import check_divergence as check_divergence
 from jaxkd.divergences.declaration import weigh as weigh
+from jaxkd.divergences.functions_of_sums import overlap_nll as overlap_nll
+from jaxkd.divergences.functions_of_sums import renyi as renyi
+from jaxkd.divergences.sums_over_tokens import alpha_beta as alpha_beta
 from jaxkd.divergences.sums_over_tokens import alpha_divergence as alpha_divergence
 from jaxkd.divergences.sums_over_tokens import forward_kl as forward_kl
 from jaxkd.divergences.sums_over_tokens import hellinger as hellinger

@@ -29,7 +29,7 @@ Pointwise = Callable[..., jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence of two distributions, as a pointwise term of their log-probabilities.
+    """A divergence of two distributions, as a pointwise term of their log-probabilities: outer(sum_v term).
 
     Args:
       term: ``term(log_p, log_q, *parameters)``, elementwise in the teacher's ``log_p`` and the student's ``log_q``,
@@ -40,11 +40,12 @@ class Divergence:
       slope: ``d term / d log_q``, with the signature of ``term``, where a closed form is faster or safer than the one
         that `jax.jvp` derives.
       kernel_form: ``(log2_p, log2_q, *parameters) -> (term, slope)`` from logarithms to the base 2, where there is a
-        form with less arithmetic. Its errors may be those of float32 logits, not relative to its results: it is for the
-        kernels, and not for float64.
+        form with less arithmetic, or whose sum over a row is the more exact. Its errors may be those of float32 logits,
+        not relative to its results: it is for the kernels, and not for float64.
       slope_sum: the sum of the slopes over a row, where it is the same for all distributions.
-      is_nonnegative: whether the sum is at least 0 for all distributions. Rounding that takes it below is then cut off;
-        otherwise a row's loss is what the formula gives, of either sign.
+      outer: ``outer(total, *parameters)``, a function of the sum of the terms, elementwise in rows; None is the sum.
+      is_nonnegative: whether the divergence is at least 0 for all distributions. Rounding that takes it below is then
+        cut off; otherwise a row's loss is what the formula gives, of either sign.
 
     Called with log-probabilities of shape (..., V) it returns the divergence of each row, shape (...).
     """
@@ -57,6 +58,19 @@ class Divergence:
     kernel_form: Callable[..., tuple[jax.Array, jax.Array]] | None = field(default=None, metadata={"static": True})
     slope_sum: float | None = field(default=None, metadata={"static": True})
     is_nonnegative: bool = field(default=False, metadata={"static": True})
+    outer: Callable[..., jax.Array] | None = field(default=None, metadata={"static": True})
+
+    def of_total(self, total: jax.Array) -> jax.Array:
+        """The divergence of rows whose terms have this sum."""
+        value = total if self.outer is None else self.outer(total, *self.parameters)
+        return jnp.maximum(value, 0) if self.is_nonnegative else value  # only rounding takes it below
+
+    def outer_slope(self, total: jax.Array) -> jax.Array:
+        """The derivative of ``outer``."""
+        if self.outer is None:
+            return jnp.ones_like(total)
+        outer = self.outer
+        return jax.jvp(lambda x: outer(x, *self.parameters), (total,), (jnp.ones_like(total),))[1]
 
     def terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         """The term, elementwise: 0 for a token that neither side has."""
@@ -73,7 +87,8 @@ class Divergence:
     def __call__(self, log_p: jax.Array | None = None, log_q: jax.Array | None = None) -> jax.Array:
         if log_p is None or log_q is None:
             raise TypeError(_not_to_be_called(self, "(log_p, log_q)"))
-        return jnp.sum(self.terms(log_p, log_q), axis=-1)
+        total = jnp.sum(self.terms(log_p, log_q), axis=-1)
+        return total if self.outer is None else self.outer(total, *self.parameters)
 
 
 def zero_where_closed(form: Callable[..., Any], log_p: jax.Array, log_q: jax.Array, x: jax.Array) -> jax.Array:

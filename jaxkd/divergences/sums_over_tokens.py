@@ -27,7 +27,7 @@ def log_mixture_ratios(log_p: jax.Array, log_q: jax.Array, weight: ArrayLike) ->
     return jnp.where(d > 0, to_smaller, to_larger), jnp.where(d > 0, to_larger, to_smaller)
 
 
-def _parameter(name: str, value: ArrayLike, low: float, high: float, high_is_in: bool = True) -> Any:
+def parameter(name: str, value: ArrayLike, low: float, high: float, high_is_in: bool = True) -> Any:
     """``value`` as a Python float where it is known now (and then in range), else as it is."""
     if isinstance(value, jax.core.Tracer):
         return value
@@ -41,7 +41,15 @@ def _forward_kl_term(log_p, log_q):
     return weigh(jnp.exp(log_p), log_p - log_q)
 
 
-forward_kl = Divergence(_forward_kl_term, slope_sum=-1.0, is_nonnegative=True)  # the slope is -p
+def _forward_kl_kernel_form(log2_p, log2_q):
+    # With q - p, which sums to 0: near p = q the errors of the two normalisers then cancel, and no term is below 0.
+    p, q = jnp.exp2(log2_p), jnp.exp2(log2_q)
+    return weigh(p, (log2_p - log2_q) * LN2 - 1) + q, -p
+
+
+forward_kl = Divergence(
+    _forward_kl_term, kernel_form=_forward_kl_kernel_form, slope_sum=-1.0, is_nonnegative=True
+)  # the slope is -p
 """KL(P‖Q) = sum p (log p - log q), the usual distillation loss: the student covers all that the teacher does.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), without its tau**2.
@@ -52,7 +60,13 @@ def _reverse_kl_term(log_p, log_q):
     return weigh(jnp.exp(log_q), log_q - log_p)
 
 
-reverse_kl = Divergence(_reverse_kl_term, is_nonnegative=True)
+def _reverse_kl_kernel_form(log2_p, log2_q):
+    p, q = jnp.exp2(log2_p), jnp.exp2(log2_q)  # with p - q, as above
+    log_ratio = (log2_q - log2_p) * LN2
+    return weigh(q, log_ratio - 1) + p, weigh(q, log_ratio + 1)
+
+
+reverse_kl = Divergence(_reverse_kl_term, kernel_form=_reverse_kl_kernel_form, is_nonnegative=True)
 """KL(Q‖P) = sum q (log q - log p): the student seeks the teacher's modes. Infinite where p = 0 < q.
 
 Source: Gu et al., "MiniLLM" (arXiv 2306.08543).
@@ -71,8 +85,8 @@ def _jensen_shannon_slope(log_p, log_q, beta):
 
 def _jensen_shannon_kernel_form(log2_p, log2_q, beta):
     # Probabilities below 2**-126 are 0 here and add nothing; a finite logarithm keeps 0 * inf out.
-    log2_p, log2_q = jnp.maximum(log2_p, -1e4), jnp.maximum(log2_q, -1e4)
     p, q = jnp.exp2(log2_p), jnp.exp2(log2_q)
+    log2_p, log2_q = jnp.maximum(log2_p, -1e4), jnp.maximum(log2_q, -1e4)
     log2_m = jnp.log2(jnp.maximum(beta * p + (1 - beta) * q, 2.0**-126))
     slope = ((1 - beta) * LN2) * (q * (log2_q - log2_m))
     term = (beta * LN2) * (p * (log2_p - log2_m)) + slope
@@ -100,7 +114,7 @@ def jensen_shannon(beta: ArrayLike = 0.5) -> Divergence:
     >>> print(f"{jensen_shannon(0.5)(p, q):.6f} {forward_kl(p, q):.6f} {reverse_kl(p, q):.6f}")
     0.033822 0.143841 0.130812
     """
-    beta = _parameter("beta", beta, 0.0, 1.0)
+    beta = parameter("beta", beta, 0.0, 1.0)
     if isinstance(beta, float) and beta in (0, 1):
         return reverse_kl if beta else forward_kl
     return Divergence(
@@ -124,7 +138,7 @@ def symmetric_kl(weight: ArrayLike = 0.5) -> Divergence:
     >>> print(f"{symmetric_kl(0.5)(p, q):.6f}")
     0.137327
     """
-    weight = _parameter("weight", weight, 0.0, 1.0)
+    weight = parameter("weight", weight, 0.0, 1.0)
     if isinstance(weight, float) and weight in (0, 1):
         return forward_kl if weight else reverse_kl
     return Divergence(_symmetric_kl_term, (weight,), is_nonnegative=True)
@@ -146,7 +160,7 @@ def skew_kl(alpha: ArrayLike = 0.1) -> Divergence:
     >>> print(f"{skew_kl(0.1)(p, q):.6f}")
     0.113137
     """
-    alpha = _parameter("alpha", alpha, 0.0, 1.0, high_is_in=False)
+    alpha = parameter("alpha", alpha, 0.0, 1.0, high_is_in=False)
     if isinstance(alpha, float) and alpha == 0:
         return forward_kl
     return Divergence(_skew_kl_term, (alpha,), is_nonnegative=True)
@@ -156,7 +170,7 @@ def _total_variation_term(log_p, log_q):
     return jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)) / 2
 
 
-def _total_variation_slope(log_p, log_q):
+def total_variation_slope(log_p, log_q):
     # Probabilities that agree to rounding are equal: the sign of their difference would be that of the rounding.
     rounding = 3 * jnp.finfo(log_q.dtype).eps * jnp.maximum(jnp.abs(log_q), 1)
     difference = log_q - log_p
@@ -164,7 +178,7 @@ def _total_variation_slope(log_p, log_q):
     return jnp.exp(log_q) * sign
 
 
-total_variation = Divergence(_total_variation_term, slope=_total_variation_slope, is_nonnegative=True)
+total_variation = Divergence(_total_variation_term, slope=total_variation_slope, is_nonnegative=True)
 """1/2 sum |p - q|, at most 1; its slope is 0 where p = q.
 
 Source: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation" (arXiv 2307.15190).
@@ -229,7 +243,72 @@ def alpha_divergence(alpha: ArrayLike = 0.5) -> Divergence:
     >>> print(f"{alpha_divergence(0.5)(p, q):.6f} {hellinger(p, q):.6f} {total_variation(p, q):.6f}")
     0.136297 0.034074 0.250000
     """
-    alpha = _parameter("alpha", alpha, -jnp.inf, jnp.inf, high_is_in=False)
+    alpha = parameter("alpha", alpha, -jnp.inf, jnp.inf, high_is_in=False)
     if isinstance(alpha, float) and alpha in (0, 1):
         return forward_kl if alpha else reverse_kl
     return Divergence(_alpha_divergence_term, (alpha,), is_nonnegative=True)
+
+
+def _alpha_beta_term(log_p, log_q, alpha, beta):
+    """p^s g(d), with s = alpha + beta, d = log(q / p) and g(d) = ((e^(s d) - 1) / s - (e^(beta d) - 1) / beta) / alpha.
+
+    Near p = q the difference cancels, and its Taylor series is summed: ``d^2 (c_2/2! + c_3 d/3! + ...)`` with
+    c_2 = 1 and c_(k+1) = s^(k-1) + beta c_k, which knows no division by alpha or beta.
+    """
+    alpha, beta = (jnp.asarray(x, log_p.dtype) for x in (alpha, beta))
+    s = alpha + beta
+    both_zero = (log_p == -jnp.inf) & (log_q == -jnp.inf)
+    d = jnp.where(both_zero, 0, log_q - log_p)
+    p_s, q_s = jnp.exp(s * log_p), jnp.exp(s * log_q)
+    product = jnp.where(both_zero, 0, jnp.exp(weigh(alpha, log_p) + weigh(beta, log_q)))
+    by_beta = jnp.where(beta == 0, weigh(p_s, d), (product - p_s) / jnp.where(beta == 0, 1, beta))
+    far = ((q_s - p_s) / s - by_beta) / jnp.where(alpha == 0, 1, alpha)
+    far = jnp.where(alpha == 0, (weigh(q_s, d) - (q_s - p_s) / s) / s, far)
+    num_terms = jnp.finfo(log_p.dtype).bits // 4  # what is left out is less than a rounding
+    factors, power = [jnp.ones_like(s)], jnp.ones_like(s)
+    while len(factors) < num_terms:
+        power = power * s
+        factors.append(power + beta * factors[-1])
+    is_near, d = jnp.maximum(1, s) * jnp.abs(d) < 0.5, jnp.clip(d, -0.5, 0.5)
+    series = factors[-1] / math.factorial(num_terms + 1)
+    for k in reversed(range(num_terms - 1)):
+        series = series * d + factors[k] / math.factorial(k + 2)
+    return jnp.where(is_near, p_s * (d * d) * series, far)
+
+
+def _alpha_beta_slope(log_p, log_q, alpha, beta):
+    """(q^s - p^alpha q^beta) / alpha."""
+    alpha, beta = (jnp.asarray(x, log_p.dtype) for x in (alpha, beta))
+    s = alpha + beta
+    both_zero = (log_p == -jnp.inf) & (log_q == -jnp.inf)
+    d = jnp.where(both_zero, 0, log_q - log_p)
+    q_s = jnp.exp(s * log_q)
+    product = jnp.where(both_zero, 0, jnp.exp(weigh(alpha, log_p) + weigh(beta, log_q)))
+    near = -q_s * jnp.expm1(jnp.clip(-alpha * d, -1, 1))
+    slope = jnp.where(jnp.abs(alpha * d) < 1, near, q_s - product) / jnp.where(alpha == 0, 1, alpha)
+    return jnp.where(alpha == 0, weigh(q_s, d), slope)
+
+
+def alpha_beta(alpha: ArrayLike, beta: ArrayLike) -> Divergence:
+    """The alpha-beta divergence, whose two exponents weigh by how hard and how confident the student is pulled.
+
+    -1 / (alpha beta) sum [p^alpha q^beta - alpha / s p^s - beta / s q^s], s = alpha + beta, and its limits where alpha
+    or beta is 0: (1, 0) is forward KL and (0, 1) reverse KL, and (alpha, 1 - alpha) is `alpha_divergence`.
+
+    Source: Cichocki, Cruces, Amari, "Generalized Alpha-Beta Divergences", 2011; Wang et al., "ABKD" (ICML 2025).
+
+    Raises:
+      ValueError: a parameter is negative or not finite, or both are 0.
+
+    >>> p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{alpha_beta(0.5, 0.5)(p, q):.6f} {alpha_beta(1.0, 1.0)(p, q):.6f}")
+    0.136297 0.062500
+    """
+    alpha = parameter("alpha", alpha, 0.0, math.inf, high_is_in=False)
+    beta = parameter("beta", beta, 0.0, math.inf, high_is_in=False)
+    if isinstance(alpha, float) and isinstance(beta, float):
+        if alpha == beta == 0:
+            raise ValueError("`alpha` and `beta` are both 0; give one above 0")
+        if (alpha, beta) in ((1, 0), (0, 1)):
+            return forward_kl if alpha else reverse_kl
+    return Divergence(_alpha_beta_term, (alpha, beta), _alpha_beta_slope, is_nonnegative=True)

@@ -10,6 +10,7 @@ from jaxkd.kernels.bucketed import partition_by as partition_by
 from jaxkd.kernels.bucketed import token_ids as token_ids
 from jaxkd.kernels.dispatch import CannotRun as CannotRun
 from jaxkd.kernels.dispatch import Chunk as Chunk
+from jaxkd.kernels.dispatch import aligned_width as aligned_width
 from jaxkd.kernels.dispatch import row_losses_for as row_losses_for
 from jaxkd.kernels.reference import row_gradient as row_gradient
 from jaxkd.kernels.reference import top_token as top_token

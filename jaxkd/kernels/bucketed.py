@@ -8,6 +8,7 @@ the K + 1 probabilities on either side is the loss of a row. Its gradient to the
 with b(v) the bucket of token v: what `reference` has, where a bucket has one token.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxkd.divergences import weigh
 from jaxkd.kernels.reference import hard_gradient, hard_part
 from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult, RowSums
 from jaxkd.logits import Place, placed
@@ -88,9 +90,9 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
     own = jax.vmap(partial(buckets_of, tail=teacher.tail), in_axes=(0, axis))(z, partition)
     log_p, is_sound = teacher.bucket_log_probs(partition, own, temperature)
     term, slope = rows.divergence.term_and_slope(log_p, own.buckets)
-    soft = jnp.sum(term, axis=1)
-    if rows.divergence.is_nonnegative and teacher.tail != "zero":
-        soft = jnp.maximum(soft, 0)  # only rounding takes it below
+    total = jnp.sum(term, axis=1)
+    divergence = replace(rows.divergence, is_nonnegative=False) if teacher.tail == "zero" else rows.divergence
+    soft = divergence.of_total(total)
     # Not earlier: XLA may compile the exponential of a select for numbers alone, and then selects none that is not one.
     soft = jnp.where(is_sound, soft, jnp.nan)
     plain, hard = hard_part(rows, options)
@@ -101,7 +103,7 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
     slope_of_token = jax.vmap(lambda x, of_token: x[of_token], in_axes=(0, axis))(slope, partition.of_token)
     d = own.share * slope_of_token - jnp.exp(own.tokens) * jnp.sum(slope, axis=1, keepdims=True)
     d = jnp.where(is_sound[:, None], d, jnp.nan)
-    scale = (rows.soft_scale / temperature)[:, None]
+    scale = weigh(rows.soft_scale / temperature, divergence.outer_slope(total))[:, None]
     d = jnp.where(scale == 0, 0, scale * d)
     if options.has_labels:
         d = d + hard_gradient(rows, options, student, plain)

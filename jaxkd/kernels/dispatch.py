@@ -3,7 +3,7 @@
 ``None`` takes the fastest that is tested for the call; a name takes that one, or raises an error that says why not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 
@@ -84,6 +84,22 @@ def row_losses_for(
     return _kernels[implementation].row_losses
 
 
+def aligned_width(implementation: str | None, chunk: Chunk, divergence: AnyDivergence | None = None) -> int:
+    """How many columns logits are to have for this call: more than a vocabulary's if a kernel can copy these alone.
+
+    Columns beyond the vocabulary are filling, as `VocabularyShards` has it.
+    """
+    width = chunk.student_width
+    if implementation not in (None, "mosaic") or "mosaic" not in _kernels or isinstance(divergence, RowDivergence):
+        return width
+    aligned = -(-width // _kernels["mosaic"].ALIGNMENT) * _kernels["mosaic"].ALIGNMENT
+    if chunk.teacher_width not in (None, width):
+        return width
+    teacher = None if chunk.teacher_width is None else aligned
+    filled = replace(chunk, student_width=aligned, teacher_width=teacher)
+    return width if obstacle("mosaic", filled, divergence) else aligned
+
+
 def xla_row_losses(divergence: AnyDivergence | None) -> RowLosses:
     _check_term(divergence)
     return whole_row.row_losses if isinstance(divergence, RowDivergence) else reference.row_losses
@@ -96,6 +112,8 @@ def _check_term(divergence: AnyDivergence | None) -> None:
         check_elementwise("divergence.term", term, parameters, is_differentiated=slope is None)
         if slope is not None:
             check_elementwise("divergence.slope", slope, parameters, is_differentiated=False)
+        if (outer := divergence.outer) is not None:
+            check_elementwise("divergence.outer", outer, parameters, is_differentiated=True, num_arrays=1)
 
 
 def obstacle(implementation: str, chunk: Chunk, divergence: AnyDivergence | None = None) -> str | None:
@@ -127,15 +145,13 @@ def _mosaic_obstacle(chunk: Chunk) -> str | None:
         return f"it is tested from jax 0.11 on and this is {jax.__version__}"
     if not any(name in target_device() for name in ("H100", "H200")):
         return f"it is tested on H100 and H200 and this is {target_device()!r}"
-    if chunk.teacher_width is None:
-        return "it is a kernel of two heads"
-    if chunk.teacher_width != width:
+    if chunk.teacher_width not in (None, width):
         return f"the vocabularies differ in width ({width} and {chunk.teacher_width})"
     if width % kernel.ALIGNMENT:
         return f"V={width} is no multiple of {kernel.ALIGNMENT}, as its bulk copies need"
     if kernel.last_part_width(width) <= 0:
         return f"V={width} is too narrow to share between {kernel.PARTS} blocks"
-    if kernel.shared_memory(width) > kernel.SHARED_MEMORY:
+    if kernel.shared_memory(width, 1 if chunk.teacher_width is None else 2) > kernel.SHARED_MEMORY:
         return f"a row of V={width} does not fit the shared memory of a cluster"
     return None
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkd.kernels.reference import at_label, hard_losses
+from jaxkd.kernels.reference import at_label, hard_losses, num_tokens
 from jaxkd.kernels.signature import ChunkRows, HardLosses, RowOptions, RowResult, RowSums, names_of_sums
 
 
@@ -57,5 +57,5 @@ def result_of(
         label_logit = at_label(rows.student, rows.labels)
         if options.is_tempered and options.tempers_labels:
             label_logit = label_logit / rows.temperature
-        hard = hard_losses(rows, sums.plain, label_logit, numbers.get("distance_sum"), rows.student.shape[1])
+        hard = hard_losses(rows, sums.plain, label_logit, numbers.get("distance_sum"), num_tokens(rows, options))
     return RowResult(numbers.get("soft", nothing), hard, sums, gradient)

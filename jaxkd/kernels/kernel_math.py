@@ -80,6 +80,16 @@ def term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.Array, 
     return with_kernel_math(lambda p, q, *parameters: replace(divergence, parameters=parameters).term_and_slope(p, q))
 
 
+def outer_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A function of ``(total, *parameters)``: the divergence of rows whose terms have this sum, and its derivative."""
+
+    def outer_and_slope(total: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = replace(divergence, parameters=parameters)
+        return own.of_total(total), own.outer_slope(total)
+
+    return with_kernel_math(outer_and_slope)
+
+
 def base_2_term_and_slope_of(divergence: Divergence) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The same of logarithms to the base 2, by the divergence's form for kernels where it has one.
 

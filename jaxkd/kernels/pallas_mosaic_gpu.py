@@ -1,9 +1,9 @@
 """The rows of one chunk as a Pallas kernel for Hopper, lowered through Mosaic GPU: each logit is read once.
 
-The twin of `reference`, with its signature. A cluster of `PARTS` thread blocks takes one row: each block copies its
-part of the student's and the teacher's logits into shared memory and stays there for all passes; the blocks send each
-other a few sums (of exponentials; then the loss and the sum of the slopes). Logarithms are to the base 2, which the GPU
-has instructions for.
+The twin of `reference`, with its signature, for one head and for two. A cluster of thread blocks takes one row: each
+copies its part of the logits into shared memory, but for what its registers hold, and they stay there for all passes;
+the blocks send each other a few sums (of exponentials; then the loss and the sum of the slopes). Logarithms are to the
+base 2, which the GPU has instructions for.
 """
 
 import functools
@@ -17,281 +17,310 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
-from jaxkd.kernels.cluster_reduce import (
-    CLUSTER_WARPS,
-    PARTS,
+from jaxkd.divergences import Divergence
+from jaxkd.kernels.cluster_reduce import PARTS, cluster_all_gather, cluster_wait, exchange_memory, init_exchanges
+from jaxkd.kernels.kernel_call import parameters_in, result_of, rows_in, rows_out, scalars_in
+from jaxkd.kernels.kernel_math import LOG2E, base_2_term_and_slope_of, outer_and_slope_of
+from jaxkd.kernels.reference import num_tokens
+from jaxkd.kernels.row_parts import ALIGNMENT, BESIDE_LOGITS, Logits, Parts, Row
+from jaxkd.kernels.running_log_sum_exp import RunningLogSumExp, merged
+from jaxkd.kernels.signature import ChunkRows, RowOptions, RowResult
+from jaxkd.kernels.thread_values import (
     STEP,
-    STRIDED,
-    THREADS,
-    block_barrier,
-    cluster_all_gather,
-    cluster_wait,
-    init_barriers,
+    columns_of,
     repeat_in_thread,
+    step_of,
+    store_below,
+    store_first,
+    thread_reduce,
+    thread_value,
     warp_reduce,
 )
-from jaxkd.kernels.kernel_call import result_of
-from jaxkd.kernels.kernel_math import LN2, LOG2E, LOWEST, base_2_term_and_slope_of
-from jaxkd.kernels.signature import ChunkRows, LogSumExp, RowOptions, RowResult
 from jaxkd.logits import Place
 
-# Knobs.
-ALIGNMENT = 32  # columns: bulk copies are multiples of 128 bytes
+__all__ = ["ALIGNMENT", "PARTS", "SHARED_MEMORY", "last_part_width", "row_losses", "shared_memory"]
+
 SHARED_MEMORY = 227 * 1024  # bytes of a block on Hopper
 
 
-def part_width(width: int) -> int:
-    """Columns of a part; the last one has what is left."""
-    return -(-width // (PARTS * ALIGNMENT)) * ALIGNMENT
-
-
 def last_part_width(width: int) -> int:
-    return width - (PARTS - 1) * part_width(width)
+    return Parts.of(width, 2).last_columns
 
 
-def shared_memory(width: int) -> int:
+def shared_memory(width: int, num_heads: int = 2) -> int:
     """Bytes of shared memory of a block."""
-    return 2 * 4 * padded(part_width(width)) + 7 * 4 * CLUSTER_WARPS + 1024
-
-
-def padded(columns: int) -> int:
-    return -(-columns // STEP) * STEP
+    return num_heads * 4 * Parts.of(width, num_heads).memory_columns + BESIDE_LOGITS
 
 
 # Device code.
 
 
 class _Refs(NamedTuple):
-    """What a block is given: ``gmem`` is device memory, all rows of it, ``smem`` its own shared memory."""
+    """What a block is given: device memory, of all rows, and its shared memory. What a call has no use for is None."""
 
-    student_gmem: Any  # (N V,)
-    teacher_gmem: Any
-    labels_gmem: Any  # (N,)
-    soft_scales_gmem: Any
-    hard_scales_gmem: Any
-    temperature_gmem: Any  # (1,)
-    parameters_gmem: Sequence[Any]  # of the divergence, (1,)
-    first_row_gmem: Any  # of the gradient's place, (1,); None without a gradient
-    gradient_gmem: Any  # all rows of the place, flat; None without a gradient
-    soft_gmem: Any  # outputs, (N THREADS,): the first of each row's counts
-    top_gmem: Any
-    log_total_gmem: Any
-    student_smem: Any  # (part,), padded to whole steps
-    gradient_smem: Any  # over the student's; None without a gradient
-    teacher_smem: Any
-    first_slot_smem: Any  # where the warps' values of the first exchange arrive, and of the second
-    second_slot_smem: Any
-    student_arrived: Any  # barriers of the two copies
-    teacher_arrived: Any
-    exchange_barriers_smem: Any
+    student: Any  # (N V,)
+    parameters: Sequence[Any]  # of the divergence, (1,)
+    temperature: Any  # (1,)
+    top: Any  # an output, (N,), as all numbers of rows
+    log_total: Any
+    student_memory: Any
+    exchange: Any  # shared memory too, for `cluster_all_gather`
+    arrived: Any  # barriers of the copies
+    teacher: Any = None
+    teacher_memory: Any = None
+    soft_scale: Any = None
+    soft: Any = None
+    student_top: Any = None
+    student_log_total: Any = None
+    teacher_top: Any = None
+    teacher_log_total: Any = None
+    slope_sum: Any = None
+    outer_slope: Any = None
+    label: Any = None
+    label_logit: Any = None
+    hard_scale: Any = None
+    label_smoothing: Any = None
+    z_loss: Any = None
+    distance_sum: Any = None
+    first_row: Any = None  # of the gradient's place
+    place: Any = None  # all its rows, flat
+
+
+class _Numbers:
+    """The scalars of a row. All are read before anything is waited for."""
+
+    def __init__(self, refs: _Refs, row: Row, options: RowOptions):
+        def of_row(ref: Any) -> Any:
+            return None if ref is None else ref[row.index]
+
+        def of_all(ref: Any) -> Any:
+            return None if ref is None else ref[0]
+
+        inverse = 1 / refs.temperature[0] if options.is_tempered else jnp.float32(1)
+        self.parameters = [ref[0] for ref in refs.parameters]
+        # What multiplies logits, and the loss of them.
+        self.soft_factor, self.hard_factor = inverse * LOG2E, jnp.float32(LOG2E)
+        self.soft_scale, self.hard_scale = of_row(refs.soft_scale), of_row(refs.hard_scale)
+        if self.soft_scale is not None:
+            self.soft_scale *= inverse
+        if options.tempers_labels:
+            self.hard_factor = self.soft_factor
+            if self.hard_scale is not None:
+                self.hard_scale *= inverse
+        self.label, self.label_logit = of_row(refs.label), of_row(refs.label_logit)
+        self.label_smoothing, self.z_loss = of_all(refs.label_smoothing), of_all(refs.z_loss)
+        if refs.place is not None:
+            self.place = refs.first_row[0] * row.parts.width + row.offset
+
+
+class _Block:
+    """One part of one row, and what is known of the row."""
+
+    def __init__(self, refs: _Refs, options: RowOptions, parts: Parts, counts: Sequence[int], form: "_Soft | None"):
+        self.refs, self.options, self.counts, self.form = refs, options, counts, form
+        self.row = row = Row(parts)
+        init_exchanges(refs.exchange, counts)
+        self.student, self.teacher = Logits(row, refs.student, refs.student_memory), None
+        self.sides = [self.student]
+        if refs.teacher is not None:
+            self.teacher = Logits(row, refs.teacher, refs.teacher_memory)
+            self.sides.append(self.teacher)
+        row.of_each_width(self._copy_in)
+        for side in self.sides:
+            side.hold()
+        self.numbers = numbers = _Numbers(refs, row, options)
+
+        # Which log-sum-exps are needed: of student and teacher at the temperature, and of the student as the hard loss
+        # has it, if that is another.
+        wanted = {"student": (self.student, numbers.soft_factor)} if form is not None else {}
+        if self.teacher is not None:
+            wanted["teacher"] = self.teacher, numbers.soft_factor
+        if form is not None and not options.has_plain_sums:
+            self.plain = "student"
+        else:
+            self.plain = "plain"
+            wanted["plain"] = self.student, numbers.hard_factor
+        self.wanted = wanted
+
+    def _copy_in(self, columns: int) -> None:
+        for copy in range(len(self.row.parts.copies(columns))):
+            for side in self.sides:
+                side.copy_in(copy, columns, self.refs.arrived.at[copy])
+
+    def log_sum_exps(self) -> jax.Array | None:
+        """Pass 1. Returns the sum of the distances to the label's logit, if that is asked for."""
+        factors = [factor for _, factor in self.wanted.values()]
+        has_distances = self.refs.distance_sum is not None
+
+        def add_logits(step, carry):
+            lses, distances = carry
+            logits = {side: side.read(step) for side in self.sides}
+            tops = {side: thread_reduce(z, arith.maximumf) for side, z in logits.items()}
+            if has_distances:
+                distance = logits[self.student] - self.numbers.label_logit
+                distances += jnp.where(self.row.is_token(step), distance, 0.0)
+            return [
+                lse.add(logits[side], tops[side], factor)
+                for lse, (side, factor) in zip(lses, self.wanted.values(), strict=True)
+            ], distances
+
+        carry: Any = [RunningLogSumExp.nothing(factor) for factor in factors], step_of(0.0) if has_distances else ()
+        for step in range(self.row.parts.held):
+            carry = add_logits(step, carry)
+        copies = self.row.parts.copies(self.row.parts.columns)
+        for copy, (first, end, _) in enumerate(copies):
+            plgpu.barrier_wait(self.refs.arrived.at[copy])
+            if copy == len(copies) - 1:
+                for side in self.sides:
+                    side.fill()
+            carry = self.row.loop(first, end, add_logits, carry)
+
+        lses, distances = carry
+        values = [x for lse in merged([[lse] for lse in lses], factors) for x in (lse.top, lse.total)]
+        if has_distances:
+            values += warp_reduce([thread_reduce(distances, arith.addf)], arith.addf)
+        cluster_wait()
+        received = cluster_all_gather(values, self.refs.exchange, self.counts, 0)
+        of_warps = [
+            [RunningLogSumExp.of(top, total, factor) for top, total in zip(*received[2 * i : 2 * i + 2], strict=True)]
+            for i, factor in enumerate(factors)
+        ]
+        self.lses: dict[str, RunningLogSumExp] = dict(zip(self.wanted, merged(of_warps, factors), strict=True))
+        if not has_distances:
+            return None
+        return warp_reduce([functools.reduce(jnp.add, received[-1])], arith.addf)[0]
+
+    def log2_probability(self, name: str, step: jax.Array | int) -> jax.Array:
+        side, factor = self.wanted[name]
+        return self.lses[name].log2_probability(side.read(step), factor)
+
+    def soft(self, step: jax.Array | int) -> tuple[Any, Any, Any]:
+        """Term, slope and the student's probabilities; None without a soft loss."""
+        if self.form is None:
+            return None, None, None
+        log_q = self.log2_probability("student", step)
+        log_p = log_q if self.teacher is None else self.log2_probability("teacher", step)
+        return *self.form.term_and_slope(log_p, log_q, *self.numbers.parameters), jnp.exp2(log_q)
+
+    def if_scaled(self, x: Any) -> Any:
+        """0 where the scale of the soft loss is, whatever ``x`` is."""
+        return None if x is None else jnp.where(self.numbers.soft_scale == 0, 0.0, x)
+
+    def without_slope_sum(self, step: jax.Array | int, slope: Any, q: Any) -> Any:
+        """The gradient but for what the sum of the slopes adds."""
+        soft = None if slope is None else self.if_scaled(self.numbers.soft_scale * slope)
+        if not self.options.has_labels:
+            return soft
+        hard = self._hard_gradient(step, jnp.exp2(self.log2_probability("plain", step)) if self.plain == "plain" else q)
+        return hard if soft is None else soft + hard
+
+    def _hard_gradient(self, step: jax.Array | int, q: jax.Array) -> jax.Array:
+        numbers, scale, at_label = self.numbers, self.numbers.hard_scale, self.numbers.hard_scale
+        d = scale * q
+        if numbers.z_loss is not None:
+            d *= repeat_in_thread(1 + 2 * numbers.z_loss * self.lses[self.plain].log_sum_exp())
+        if numbers.label_smoothing is not None:
+            d -= scale * numbers.label_smoothing / self.row.parts.num_tokens
+            at_label *= 1 - numbers.label_smoothing
+        is_label = columns_of(self.row.start + step * STEP) == numbers.label
+        return jnp.where(scale == 0, 0.0, jnp.where(is_label, d - at_label, d))
+
+    def write(self, step: jax.Array | int, known: jax.Array, q: Any, slope_sum: Any) -> None:
+        gradient = known if q is None else known - q * (self.numbers.soft_scale * slope_sum)
+        place = self.refs.place.at[pl.ds(self.numbers.place + step * STEP, STEP)]
+        store_below(place, gradient.astype(self.options.gradient_dtype), self.row.columns - step * STEP)
+
+    def sums(self) -> dict[str, jax.Array]:
+        """What is returned of the log-sum-exps, by name."""
+        results: dict[str, jax.Array] = {}
+        for name, (_, factor) in self.wanted.items():
+            lse = self.lses[name]
+            results |= {f"{name}_top": lse.top, f"{name}_log_total": lse.log_total(factor)}
+        return results | {part: results[f"{self.plain}_{part}"] for part in ("top", "log_total")}
+
+
+class _Soft(NamedTuple):
+    """What is computed of a divergence."""
+
+    term_and_slope: Callable[..., tuple[jax.Array, jax.Array]]
+    outer_and_slope: Callable[..., tuple[jax.Array, jax.Array]]
+    slope_sum: float | None  # where it is known and nothing else is waited for
+    has_outer: bool
 
     @classmethod
-    def of(cls, refs: Sequence[Any], num_parameters: int, has_gradient: bool) -> "_Refs":
-        """From the order in which the kernel is called: inputs, the gradient's place, outputs, shared memory."""
-        rows, refs = refs[:6], refs[6:]
-        parameters, refs = refs[:num_parameters], refs[num_parameters:]
-        place, refs = (refs[:2], refs[2:]) if has_gradient else ((None, None), refs)
-        outputs, (own, *rest) = refs[:3], refs[3:]
-        student, gradient = own if has_gradient else (own, None)
-        return cls._make((*rows, parameters, *place, *outputs, student, gradient, *rest))
-
-
-class _Row:
-    """The part of a row that a block has, and what is known of the row so far."""
-
-    def __init__(self, refs: _Refs, options: RowOptions, width: int):
-        self.refs, self.options = refs, options
-        self.index, self.part = jax.lax.axis_index("row"), jax.lax.axis_index("part")
-        self.columns, self.last_columns = part_width(width), last_part_width(width)
-        self.is_last = self.part == PARTS - 1
-        self.start = self.part * self.columns
-        self.offset = self.index * width + self.start
-        self.num_steps = padded(self.columns) // STEP
-        self.width = width
-        # Whether the student's softmax is the same for the soft and the hard loss.
-        self.is_same = not options.is_tempered or not options.has_labels
-
-    def of_each_width(self, function: Callable[[int], Any]) -> None:
-        """``function`` of the columns that the part has: copies have a static size."""
-        pl.when(self.is_last)(lambda: function(self.last_columns))
-        pl.when(~self.is_last)(lambda: function(self.columns))
-
-    def copy_in(self, columns: int) -> None:
-        refs = self.refs
-        for source, target, arrived in (
-            (refs.student_gmem, refs.student_smem, refs.student_arrived),
-            (refs.teacher_gmem, refs.teacher_smem, refs.teacher_arrived),
-        ):
-            # A promise that holds, and that makes it one bulk copy of any length.
-            in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-            here = source.at[pl.ds(self.offset, columns)]
-            plgpu.copy_gmem_to_smem(here, target.at[pl.ds(0, columns)], arrived, oob_mode=in_bounds)
-
-    def sweep(self, body: Callable[..., Any], carry: Any, first: int = 0) -> Any:
-        return jax.lax.fori_loop(first, self.num_steps, lambda i, carry: body(i * STEP, carry), carry)
-
-    def unrolled(self) -> range:
-        return range(0, self.num_steps * STEP, STEP)
-
-    def column(self, at: jax.Array | int) -> jax.Array:
-        return at + plgpu.broadcasted_iota(jnp.int32, (STEP,), 0, layout=STRIDED)
-
-    def fill(self, smem: Any) -> None:
-        """What no column fills is -inf on both sides, where every term is 0: no pass needs a mask."""
-
-        def step(at, carry):
-            inside = self.column(at) < jnp.where(self.is_last, self.last_columns, self.columns)
-            smem[pl.ds(at, STEP)] = jnp.where(inside, _load(smem, at), -jnp.inf)
-            return carry
-
-        self.sweep(step, (), self.last_columns // STEP)
-
-    def log_sum_exp_of_warp(self, smem: Any, scales: list[Any]) -> list[jax.Array]:
-        """The largest logit, and for each scale the sum of 2 ** ((z - largest) * scale)."""
-        top = warp_reduce(
-            self.sweep(lambda at, top: jnp.maximum(top, _load(smem, at)), _step_of(LOWEST)), arith.maximumf
-        )
-        everywhere = repeat_in_thread(top)
-
-        def add(at, sums):
-            z = _load(smem, at) - everywhere
-            return tuple(sum_ + jnp.exp2(z * scale) for sum_, scale in zip(sums, scales, strict=True))
-
-        return [top, *(warp_reduce(x, arith.addf) for x in self.sweep(add, (_step_of(0.0),) * len(scales)))]
-
-    def copy_out(self, columns: int) -> None:
-        refs = self.refs
-        place = refs.gradient_gmem.at[pl.ds(refs.first_row_gmem[0] * self.width + self.offset, columns)]
-        plgpu.copy_smem_to_gmem(refs.gradient_smem.at[pl.ds(0, columns)], place)
-
-    def write(self, gradients: list[jax.Array]) -> None:
-        """Into the memory of the student's logits, when all have read them, and from there out."""
-        block_barrier()
-        for i, values in enumerate(gradients):
-            self.refs.gradient_smem[pl.ds(i * STEP, STEP)] = values
-        plgpu.commit_smem()
-        self.of_each_width(self.copy_out)
-
-
-def _load(smem: Any, at: jax.Array | int) -> jax.Array:
-    return plgpu.load(smem.at[pl.ds(at, STEP)], layout=STRIDED)  # type: ignore[call-arg]  # jax 0.10 wants an index
-
-
-def _step_of(value: float) -> jax.Array:
-    return plgpu.layout_cast(jnp.full((STEP,), value, jnp.float32), STRIDED)
-
-
-def _log_sum_exp(tops: list[jax.Array], sums: list[jax.Array], scale: Any) -> LogSumExp:
-    """Of the row, from those of all warps; the second part as a logarithm to the base 2."""
-    top = warp_reduce(functools.reduce(jnp.maximum, tops), arith.maximumf)
-    shares = [x * jnp.exp2((t - top) * scale) for t, x in zip(tops, sums, strict=True)]
-    return LogSumExp(top, jnp.log2(warp_reduce(functools.reduce(jnp.add, shares), arith.addf)))
-
-
-def _log2_probability(z: jax.Array, lse: LogSumExp, scale: Any) -> jax.Array:
-    return (z - lse.top) * scale - lse.log_total  # in this order: exact where all logits are large
+    def of(cls, divergence: Divergence) -> "_Soft":
+        has_outer = divergence.outer is not None
+        slope_sum = None if has_outer else divergence.slope_sum
+        return cls(base_2_term_and_slope_of(divergence), outer_and_slope_of(divergence), slope_sum, has_outer)
 
 
 def _kernel(
     *refs,
-    term_and_slope: Callable[..., tuple[jax.Array, jax.Array]],
-    slope_sum: float | None,
-    is_nonnegative: bool,
-    num_parameters: int,
+    names: Sequence[str],
+    form: _Soft | None,
     options: RowOptions,
-    width: int,
+    parts: Parts,
+    counts: Sequence[int],
 ):
-    has_gradient = options.gradient_dtype is not None
-    named = _Refs.of(refs, num_parameters, has_gradient)
-    row = _Row(named, options, width)
-    student, teacher = named.student_smem, named.teacher_smem
+    first_named = len(refs) - len(names)
+    named = dict(zip(names, refs[first_named:], strict=True))
+    block = _Block(_Refs(**named, parameters=refs[:first_named]), options, parts, counts, form)
+    refs, row, has_gradient = block.refs, block.row, options.gradient_dtype is not None
+    distance_sum = block.log_sum_exps()
 
-    row.of_each_width(row.copy_in)
-    init_barriers(named.exchange_barriers_smem)
-    inverse_temperature = 1 / named.temperature_gmem[0]
-    parameters = [ref[0] for ref in named.parameters_gmem]
+    # Pass 2: the loss and the sum of the slopes. A gradient that waits for this sum alone takes the logits' place: what
+    # is known of it that of the teacher's, and the student's probabilities that of the student's.
+    sums_slopes = form is not None and form.slope_sum is None and (has_gradient or options.keeps_sums)
+    waits = has_gradient and sums_slopes
+    kept = None if form is None or form.has_outer or not waits else block.teacher
 
-    # Pass 1: log-sum-exps of student and teacher at the temperature, and of the student without it.
-    tempered = inverse_temperature * LOG2E
-    scales = [tempered] if row.is_same else [tempered, LOG2E]
-    plgpu.barrier_wait(named.student_arrived)
-    row.fill(student)
-    student_sums = row.log_sum_exp_of_warp(student, scales)
-    plgpu.barrier_wait(named.teacher_arrived)
-    row.fill(teacher)
-    teacher_sums = row.log_sum_exp_of_warp(teacher, [tempered])
-    cluster_wait()
-    tops, sums, *plain, teacher_tops, teacher_sums = cluster_all_gather(
-        [*student_sums, *teacher_sums], named.first_slot_smem, named.exchange_barriers_smem, 0
-    )
-    student_lse = _log_sum_exp(tops, sums, tempered)
-    plain_lse = student_lse if row.is_same else _log_sum_exp(tops, plain[0], LOG2E)
-    student_everywhere, plain_everywhere, teacher_everywhere = (
-        LogSumExp(*map(repeat_in_thread, x))
-        for x in (student_lse, plain_lse, _log_sum_exp(teacher_tops, teacher_sums, tempered))
-    )
-
-    def term_and_slope_at(at: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        log_p = _log2_probability(_load(teacher, at), teacher_everywhere, tempered)
-        log_q = _log2_probability(_load(student, at), student_everywhere, tempered)
-        return term_and_slope(log_p, log_q, *parameters)
-
-    soft_scale, hard_scale = (
-        named.soft_scales_gmem[row.index] * inverse_temperature,
-        named.hard_scales_gmem[row.index],
-    )
-    label = named.labels_gmem[row.index] - row.start
-
-    def probability(at: jax.Array | int) -> jax.Array:
-        return jnp.exp2(_log2_probability(_load(student, at), student_everywhere, tempered))
-
-    def gradient_at(at: jax.Array | int, q: jax.Array, slope: jax.Array, slope_sum: jax.Array | float) -> jax.Array:
-        d = jnp.where(soft_scale == 0, 0.0, soft_scale * (slope - q * slope_sum))
-        if options.has_labels:
-            if not row.is_same:
-                q = jnp.exp2(_log2_probability(_load(student, at), plain_everywhere, LOG2E))
-            d += jnp.where(hard_scale == 0, 0.0, hard_scale * jnp.where(row.column(at) == label, q - 1, q))
-        return d.astype(options.gradient_dtype)
-
-    # Pass 2: the loss and the sum of the slopes. The slopes take the place of the teacher's logits, and the student's
-    # probabilities that of its logits unless those without temperature are needed too.
-    def add(at, sums):
-        term, slope = term_and_slope_at(at)
-        if has_gradient:
-            teacher[pl.ds(at, STEP)] = slope
-            if row.is_same:
-                student[pl.ds(at, STEP)] = probability(at)
+    def add(step, sums):
+        term, slope, q = block.soft(step)
+        if has_gradient and not waits:
+            known = block.without_slope_sum(step, slope, q)
+            block.write(step, known, block.if_scaled(q), block.if_scaled(form and form.slope_sum))
+        elif kept is not None:
+            kept.replace(step, block.without_slope_sum(step, slope, q))
+            block.student.replace(step, block.if_scaled(q))
         return tuple(sum_ + x for sum_, x in zip(sums, (term, slope), strict=False))
 
-    if has_gradient and slope_sum is not None:  # no other pass is needed
-        gradients, total = [], _step_of(0.0)
-        for at in row.unrolled():
-            term, slope = term_and_slope_at(at)
-            gradients.append(gradient_at(at, probability(at), slope, slope_sum))
-            total += term
-        row.write(gradients)
-        totals = [total]
-    else:
-        totals = row.sweep(add, (_step_of(0.0),) * (2 if has_gradient else 1))
-    received = cluster_all_gather(
-        [warp_reduce(x, arith.addf) for x in totals], named.second_slot_smem, named.exchange_barriers_smem, 1
-    )
-    term_sum, *slope_sums = [warp_reduce(functools.reduce(jnp.add, x), arith.addf) for x in received]
+    totals: list[jax.Array] = []
+    if form is not None or has_gradient:
+        sums = row.sweep(add, (step_of(0.0),) * ((form is not None) + sums_slopes))
+        if sums:
+            of_warp = warp_reduce([thread_reduce(x, arith.addf) for x in sums], arith.addf)
+            received = cluster_all_gather(of_warp, refs.exchange, counts, 1)
+            totals = warp_reduce([functools.reduce(jnp.add, x) for x in received], arith.addf)
+
+    returned = block.sums() | ({} if distance_sum is None else {"distance_sum": distance_sum})
+    if form is not None:
+        soft, outer_slope = form.outer_and_slope(totals[0], *block.numbers.parameters)
+        returned["soft"] = soft
+        returned["outer_slope"] = outer_slope if form.has_outer else thread_value(1.0)
+        returned["slope_sum"] = totals[1] if sums_slopes else thread_value(form.slope_sum or 0.0)
+
+    # Pass 3: the gradient that waited.
+    if waits:
+        slope_sum = repeat_in_thread(block.if_scaled(totals[1]))
+        if form and form.has_outer:
+            block.numbers.soft_scale *= block.if_scaled(repeat_in_thread(returned["outer_slope"]))
+
+        def write(step, carry):
+            if kept is not None:
+                known, q = kept.read(step), block.student.read(step)
+            else:
+                _, slope, q = block.soft(step)
+                known, q = block.without_slope_sum(step, slope, q), block.if_scaled(q)
+            block.write(step, known, q, slope_sum)
+            return carry
+
+        row.sweep(write, ())
 
     @pl.when(row.part == 0)
     def _():
-        at = pl.ds(row.index * THREADS, THREADS)
-        named.soft_gmem[at] = jnp.maximum(term_sum, 0.0) if is_nonnegative else term_sum
-        named.top_gmem[at] = plain_lse.top
-        named.log_total_gmem[at] = plain_lse.log_total * LN2
-
-    # Pass 3: the gradient.
-    if slope_sums:
-        everywhere = repeat_in_thread(slope_sums[0])
-        q_at = partial(_load, student) if row.is_same else probability
-        row.write([gradient_at(at, q_at(at), _load(teacher, at), everywhere) for at in row.unrolled()])
-    if has_gradient:
-        plgpu.wait_smem_to_gmem(0)
+        for name, value in returned.items():
+            if (ref := getattr(refs, name, None)) is not None:
+                store_first(ref.at[pl.ds(row.index, 1)], value)
 
 
 # Host code.
@@ -302,31 +331,35 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
 
     The gradient is written to its place: no copy is made of the rows there.
     """
-    num_rows, width = rows.student.shape
-    parameters = [jnp.asarray(x, jnp.float32).reshape(1) for x in rows.divergence.parameters]
-    buffer = plgpu.SMEM((padded(part_width(width)),), jnp.float32)
-    slots = [plgpu.SMEM((count * CLUSTER_WARPS,), jnp.float32) for count in (5, 2)]
-    arrived = plgpu.Barrier(num_arrivals=1)
-    out_type = [jax.ShapeDtypeStruct((num_rows * THREADS,), jnp.float32)] * 3
-    own: Any = buffer
-    target: list[jax.Array] = []
-    if options.gradient_dtype is not None:
+    (num_rows, width), divergence = rows.student.shape, rows.divergence
+    logits = {"student": rows.student} | ({} if rows.teacher is None else {"teacher": rows.teacher})
+    inputs = {name: z.reshape(-1) for name, z in logits.items()}
+    inputs |= rows_in(rows, options) | scalars_in(rows, options)
+    out_names = rows_out(rows, options)
+    if has_gradient := options.gradient_dtype is not None:
         place = place or Place.alone(num_rows, width, options.gradient_dtype)
-        target = [jnp.reshape(place.first, (1,)), place.rows.reshape(-1)]
-        own = plgpu.RefUnion(buffer, plgpu.SMEM(buffer.shape, place.rows.dtype))
+        inputs |= {"first_row": jnp.reshape(place.first, (1,)), "place": place.rows.reshape(-1)}
+    form = None if divergence is None else _Soft.of(divergence)
+    parts = Parts.of(width, len(logits), num_tokens(rows, options))
+    is_plain_soft = form is not None and not options.has_plain_sums
+    num_lses = (form is not None) + (rows.teacher is not None) + (not is_plain_soft)
+    counts = (2 * num_lses + ("distance_sum" in out_names), 2)  # of values that are exchanged
+    scratch: dict[str, Any] = {f"{name}_memory": plgpu.SMEM((parts.memory_columns,), jnp.float32) for name in logits}
+    scratch["exchange"] = plgpu.SMEM((exchange_memory(counts),), jnp.float32)
+    num_copies = len(parts.copies(parts.columns))
+    scratch["arrived"] = plgpu.Barrier(num_arrivals=len(logits), num_barriers=num_copies)
 
     kernel = plgpu.kernel(
         partial(
             _kernel,
-            term_and_slope=base_2_term_and_slope_of(rows.divergence),
-            slope_sum=rows.divergence.slope_sum,
-            is_nonnegative=rows.divergence.is_nonnegative,
-            num_parameters=len(parameters),
+            names=(*inputs, *out_names, *scratch),
+            form=form,
             options=options,
-            width=width,
+            parts=parts,
+            counts=counts,
         ),
-        out_type=out_type,
-        scratch_types=[own, buffer, *slots, arrived, arrived, plgpu.SMEM((4,), jnp.uint32)],
+        out_type=[jax.ShapeDtypeStruct((num_rows,), jnp.float32)] * len(out_names),
+        scratch_types=list(scratch.values()),
         grid=(num_rows,),
         grid_names=("row",),
         cluster=(PARTS,),
@@ -338,18 +371,12 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
             reduction_scratch_bytes=0,
         ),
     )
-    soft, top, log_total, *gradient = (_in_place(kernel) if target else kernel)(
-        rows.student.reshape(-1),
-        rows.teacher.reshape(-1),
-        rows.labels.astype(jnp.int32),
-        rows.soft_scale,
-        rows.hard_scale,
-        jnp.reshape(rows.temperature, (1,)),
-        *parameters,
-        *target,
-    )
-    numbers = {"soft": soft[::THREADS], "top": top[::THREADS], "log_total": log_total[::THREADS]}
-    return result_of(rows, options, numbers, gradient[0].reshape(place.rows.shape) if place else None)
+    outputs = (_in_place(kernel) if has_gradient else kernel)(*parameters_in(rows), *inputs.values())
+    numbers = dict(zip(out_names, outputs, strict=False))
+    if options.is_tempered:  # the kernel's largest logits are those that it was given
+        tempered = {"student_top", "teacher_top"} | ({"top"} if is_plain_soft or options.tempers_labels else set())
+        numbers |= {name: numbers[name] / rows.temperature for name in tempered & numbers.keys()}
+    return result_of(rows, options, numbers, outputs[-1].reshape(place.rows.shape) if place else None)
 
 
 def _in_place(kernel: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxkd.kernels.kernel_call import parameters_in, result_of, rows_in, rows_out, scalars_in
-from jaxkd.kernels.kernel_math import LOWEST, term_and_slope_of
+from jaxkd.kernels.kernel_math import LOWEST, outer_and_slope_of, term_and_slope_of
 from jaxkd.kernels.signature import ChunkRows, LogSumExp, RowOptions, RowResult
 from jaxkd.logits import Place
 
@@ -44,6 +44,7 @@ class _Refs(NamedTuple):
     teacher_top: Any = None
     teacher_log_total: Any = None
     slope_sum: Any = None
+    outer_slope: Any = None
     label: Any = None
     label_logit: Any = None
     hard_scale: Any = None
@@ -112,7 +113,7 @@ def _kernel(
     in_names: Sequence[str],
     out_names: Sequence[str],
     term_and_slope: Callable[..., tuple[jax.Array, jax.Array]] | None,
-    is_nonnegative: bool,
+    outer_and_slope: Callable[..., tuple[jax.Array, jax.Array]] | None,
     options: RowOptions,
     block: int,
 ):
@@ -185,9 +186,11 @@ def _kernel(
 
         term_sum, slope_sum = _sweep(segment, block, add, (term_sum, slope_sum))
     slope_total = jnp.sum(slope_sum)
-    if has_soft:
-        soft = jnp.sum(term_sum)
-        row.soft[...] = jnp.maximum(soft, 0) if is_nonnegative else soft
+    outer_slope: Any = 1.0
+    if outer_and_slope is not None:
+        row.soft[...], outer_slope = outer_and_slope(jnp.sum(term_sum), *parameters)
+    if row.outer_slope is not None:
+        row.outer_slope[...] = outer_slope
     if row.slope_sum is not None:
         row.slope_sum[...] = slope_total
     if row.gradient is None:
@@ -197,6 +200,7 @@ def _kernel(
     place = row.first_row[...] + pl.program_id(0)
     if has_soft:
         soft_scale = row.soft_scale[...] * inverse_temperature
+        soft_scale = jnp.where(soft_scale == 0, 0.0, soft_scale * outer_slope)
     if options.has_labels:
         label, hard_scale, smoothing, q_factor = row.label[...], row.hard_scale[...] * hard_factor, 0.0, 1.0
         if row.label_smoothing is not None:
@@ -264,7 +268,7 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
             in_names=tuple(inputs),
             out_names=tuple(out_names),
             term_and_slope=None if rows.divergence is None else term_and_slope_of(rows.divergence),
-            is_nonnegative=rows.divergence is not None and rows.divergence.is_nonnegative,
+            outer_and_slope=None if rows.divergence is None else outer_and_slope_of(rows.divergence),
             options=options,
             block=block,
         ),

@@ -41,9 +41,8 @@ def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None)
         else:
             term, slope = rows.divergence.term_and_slope(log_p, log_q)
             sums = sums._replace(slope_sum=psum(jnp.sum(slope, axis=1), axes))
-        soft = psum(jnp.sum(term, axis=1), axes)
-        if rows.divergence.is_nonnegative:
-            soft = jnp.maximum(soft, 0)  # only rounding takes it below
+        total = psum(jnp.sum(term, axis=1), axes)
+        soft, sums = rows.divergence.of_total(total), sums._replace(outer_slope=rows.divergence.outer_slope(total))
     hard = _hard_losses(rows, options, z.plain, sums.plain)
     gradient = None
     if options.gradient_dtype is not None:
@@ -107,9 +106,9 @@ def _gradient(
     rows: ChunkRows, options: RowOptions, z: _Logits, sums: RowSums, slope: jax.Array | None, place: Place | None
 ) -> Float[Array, "_ V"]:
     d, width = jnp.zeros_like(z.plain), z.plain.shape[1]
-    if slope is not None and sums.slope_sum is not None:
+    if slope is not None and sums.slope_sum is not None and sums.outer_slope is not None:
         q = jnp.exp(_log_probability(z.student, sums.student))
-        scale = (rows.soft_scale / rows.temperature)[:, None]
+        scale = weigh(rows.soft_scale / rows.temperature, sums.outer_slope)[:, None]
         d = jnp.where(scale == 0, 0, scale * (slope - q * sums.slope_sum[:, None]))[:, :width]
         d = jnp.pad(d, ((0, 0), (0, width - d.shape[1])))
     if options.has_labels:
@@ -175,11 +174,13 @@ def top_token(
     z: Float[Array, "C V"], shards: VocabularyShards | None = None, of_teacher: bool = False
 ) -> Int[Array, " C"]:
     """The token of the largest logit, the first of several."""
-    if shards is None:
-        return jnp.argmax(z, axis=1).astype(jnp.int32)
-    axes = shards.axes
-    z = own_columns(z, shards.teacher if of_teacher else shards.student, axes)
-    own, largest = jnp.argmax(z, axis=1).astype(jnp.int32), jnp.max(z, axis=1)
+    axes = () if shards is None else shards.axes
+    if shards is not None:
+        z = own_columns(z, shards.teacher if of_teacher else shards.student, axes)
+    own = jnp.argmax(z, axis=1).astype(jnp.int32)
+    if not axes:
+        return own
+    largest = jnp.max(z, axis=1)
     is_largest = largest == jax.lax.pmax(largest, axes)
     return jax.lax.pmin(jnp.where(is_largest, own + first_column(z, axes), jnp.iinfo(jnp.int32).max), axes)
 
@@ -193,15 +194,15 @@ def hard_gradient(rows: ChunkRows, options: RowOptions, z: Float[Array, "C V"], 
     labels = own_labels(z, rows.labels, axes)
     target = jax.nn.one_hot(labels, z.shape[1], dtype=z.dtype)
     if rows.label_smoothing is not None:
-        target = target + rows.label_smoothing * (1 / _width(z, options) - target)
+        target = target + rows.label_smoothing * (1 / num_tokens(rows, options) - target)
     if options.is_tempered and options.tempers_labels:
         scale = scale / rows.temperature
     return jnp.where(scale == 0, 0, scale * (q - target))
 
 
-def _width(z: Float[Array, "C V"], options: RowOptions) -> int:
-    """Of the student's vocabulary."""
-    return z.shape[1] if options.shards is None else options.shards.student
+def num_tokens(rows: ChunkRows, options: RowOptions) -> int:
+    """Of the student's vocabulary, on all devices and without filling."""
+    return rows.student.shape[1] if options.shards is None else options.shards.student
 
 
 def hard_part(rows: ChunkRows, options: RowOptions) -> tuple[LogSumExp, HardLosses]:
@@ -221,7 +222,7 @@ def _hard_losses(rows: ChunkRows, options: RowOptions, z: Float[Array, "C V"], l
             column = first_column(z, axes) + jnp.arange(z.shape[1])
             distances = jnp.where(column < options.shards.student, distances, 0)
         distance_sum = psum(jnp.sum(distances, axis=1), axes)
-    return hard_losses(rows, lse, label_logit, distance_sum, _width(z, options))
+    return hard_losses(rows, lse, label_logit, distance_sum, num_tokens(rows, options))
 
 
 def hard_losses(

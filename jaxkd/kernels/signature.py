@@ -35,7 +35,7 @@ def names_of_sums(has_soft: bool, has_teacher: bool) -> tuple[str, ...]:
     """What `RowSums.named` has where all sums are kept."""
     soft = ("student_top", "student_log_total") if has_soft else ()
     teacher = ("teacher_top", "teacher_log_total") if has_teacher else ()
-    return ("top", "log_total", *soft, *teacher, *(("slope_sum",) if has_soft else ()))
+    return ("top", "log_total", *soft, *teacher, *(("slope_sum", "outer_slope") if has_soft else ()))
 
 
 class RowSums(NamedTuple):
@@ -45,12 +45,14 @@ class RowSums(NamedTuple):
     student: LogSumExp | None = None  # at the temperature of the soft loss
     teacher: LogSumExp | None = None
     slope_sum: Float[Array, " C"] | None = None  # of d term / d log q
+    outer_slope: Float[Array, " C"] | None = None  # of the divergence's outer function, at the sum of the terms
 
     def named(self) -> dict[str, Float[Array, " C"]]:
         """The numbers that are there, by name."""
         parts = {"": self.plain, "student_": self.student, "teacher_": self.teacher}
         numbers = {p + name: x for p, lse in parts.items() if lse is not None for name, x in lse._asdict().items()}
-        return numbers if self.slope_sum is None else numbers | {"slope_sum": self.slope_sum}
+        slopes = {"slope_sum": self.slope_sum, "outer_slope": self.outer_slope}
+        return numbers | {name: x for name, x in slopes.items() if x is not None}
 
     @classmethod
     def of(cls, numbers: dict[str, Float[Array, " C"]]) -> "RowSums":
@@ -61,7 +63,7 @@ class RowSums(NamedTuple):
             return None if top is None else LogSumExp(top, numbers[prefix + "log_total"])
 
         plain = LogSumExp(numbers["top"], numbers["log_total"])
-        return cls(plain, lse("student_"), lse("teacher_"), numbers.get("slope_sum"))
+        return cls(plain, lse("student_"), lse("teacher_"), numbers.get("slope_sum"), numbers.get("outer_slope"))
 
 
 class HardLosses(NamedTuple):

@@ -5,6 +5,7 @@ Elsewhere `reference` computes any term.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr
 
 from jaxkd.divergences import Divergence
-from jaxkd.kernels.kernel_math import base_2_term_and_slope_of, term_and_slope_of
+from jaxkd.kernels.kernel_math import base_2_term_and_slope_of, outer_and_slope_of, term_and_slope_of
 from jaxkd.loop.traced import CALLS, called
 
 # fmt: off
@@ -37,22 +38,23 @@ BLOCK = 8  # any: a term is elementwise
 
 def lacking(implementation: str, divergence: Divergence) -> tuple[str, ...]:
     """The operations of a divergence that an implementation is not known to have."""
-    static = Divergence(divergence.term, (), divergence.slope, divergence.kernel_form)
+    static = replace(divergence, parameters=())
     return _lacking(implementation, static, len(divergence.parameters))
 
 
 @lru_cache(maxsize=256)
 def _lacking(implementation: str, divergence: Divergence, num_parameters: int) -> tuple[str, ...]:
     found = set(operations(FORMS[implementation](divergence), num_parameters))
+    found |= set(operations(outer_and_slope_of(divergence), num_parameters, num_arrays=1))
     return tuple(sorted(found - TABLES[implementation]))
 
 
-def operations(term_and_slope: Callable[..., Any], num_parameters: int = 0) -> Iterator[str]:
+def operations(term_and_slope: Callable[..., Any], num_parameters: int = 0, num_arrays: int = 2) -> Iterator[str]:
     """Each operation with what the name of its primitive leaves out: types other than float32 and bool, shapes that are
     neither a scalar nor the block, more than two cases."""
     block, number = jax.ShapeDtypeStruct((BLOCK,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     with jax.enable_x64(False):
-        closed = jax.make_jaxpr(term_and_slope)(block, block, *[number] * num_parameters)
+        closed = jax.make_jaxpr(term_and_slope)(*[block] * num_arrays, *[number] * num_parameters)
     yield from (f"array of shape {jnp.shape(x)}" for x in closed.consts if jnp.ndim(x))
     yield from _operations(closed.jaxpr)
 

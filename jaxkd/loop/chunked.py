@@ -115,8 +115,7 @@ def map_rows(loss: RowValues, student: Source, is_counted: Counted, plan: Plan) 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _map_rows(plan: Plan, probe: Any, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
-    rows = spec(plan.partitioning, (ROWS,))
-    return _on_mesh(plan, partial(_values, plan), dict.fromkeys(loss.names, rows), is_counted, loss, student)
+    return _values_on_mesh(plan, is_counted, loss, student)
 
 
 def _map_rows_forward(plan: Plan, *arguments: Any) -> tuple[dict[str, jax.Array], Any]:
@@ -127,7 +126,7 @@ def _map_rows_forward(plan: Plan, *arguments: Any) -> tuple[dict[str, jax.Array]
     # An empty array marks a field that is not wanted, for the reason above.
     marks = {name: jnp.zeros((int(name in _perturbed(student)),)) for name in vars(student)}
     _, is_counted, primal_loss, primal_student = primals
-    values = _map_rows(plan, probe.value, is_counted, primal_loss.saving(), primal_student)
+    values = _values_on_mesh(plan, is_counted, primal_loss.saving(), primal_student)
     saved = {name: x for name, x in values.items() if name not in primal_loss.names}
     return {name: values[name] for name in primal_loss.names}, (primals, saved, marks)
 
@@ -162,6 +161,11 @@ _map_rows.defvjp(_map_rows_forward, _map_rows_backward, symbolic_zeros=True)
 _map_rows_compiled = jax.jit(_map_rows, static_argnums=0)
 
 
+def _values_on_mesh(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
+    rows = spec(plan.partitioning, (ROWS,))
+    return _on_mesh(plan, partial(_values, plan), dict.fromkeys(loss.names, rows), is_counted, loss, student)
+
+
 def _values(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
     partitioning = plan.partitioning
     student = student.prepared()
@@ -172,7 +176,8 @@ def _values(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[st
         return {name: set_rows(values[name], index, own_rows(partitioning, x)) for name, x in rows.items()}
 
     values = {name: jnp.zeros(student.leading_shape, student.dtype) for name in loss.names}
-    return _for_each_chunk(plan.chunks.piece, is_counted, student, partitioning, chunk, values)
+    values = _for_each_chunk(plan.chunks.piece, is_counted, student, partitioning, chunk, values)
+    return _differentiable(plan, is_counted, student, values)
 
 
 # The loop.
@@ -228,7 +233,11 @@ def _loop(
     is_first_apart = target_platform() in ("cuda", "gpu", "rocm") and student.leading_shape[0] > plan.chunks.size
     start = chunk_pass.start(is_every_row_counted=is_counted is None, bare=is_first_apart)
     state = _for_each_chunk(plan.chunks.size, is_counted, student, plan.partitioning, chunk_pass, start, is_first_apart)
-    results = chunk_pass.finish(state)
+    return _differentiable(plan, is_counted, student, chunk_pass.finish(state))
+
+
+def _differentiable(plan: Plan, is_counted: Counted, student: Source, results: Any) -> Any:
+    """What a loop gives: how many chunks it runs, which the reverse mode would need, may not be known at tracing."""
     has_unknown_trips = is_counted is not None and student.leading_shape[0] > plan.chunks.piece
     return reverse_once(results) if has_unknown_trips else results
 

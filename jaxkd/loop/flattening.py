@@ -177,6 +177,15 @@ def _of_width(partitioning: Partitioning, x: jax.Array, width: int, dims: Dims) 
     return map_over_mesh(partitioning, resized, P(None, axes), P(axes))(x)
 
 
+def filled_up(source: Any, width: int) -> Any:
+    """A source with so many columns, the last of which are 0."""
+
+    def filled(x: jax.Array, dims: Dims) -> jax.Array:
+        return _resized(x, width, dims.index(VOCABULARY) - len(dims)) if VOCABULARY in dims else x
+
+    return map_dims(filled, source)
+
+
 def _resized(x: jax.Array, width: int, axis: int) -> jax.Array:
     x = jax.lax.slice_in_dim(x, 0, min(width, x.shape[axis]), axis=axis)
     pad = [(0, 0)] * x.ndim

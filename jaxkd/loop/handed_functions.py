@@ -60,29 +60,30 @@ def _check_result(name: str, result: Any, num_rows: int) -> tuple[str, ...]:
 
 
 def check_elementwise(
-    name: str, function: Callable[..., Any], parameters: tuple[Any, ...], is_differentiated: bool
+    name: str, function: Callable[..., Any], parameters: tuple[Any, ...], is_differentiated: bool, num_arrays: int = 2
 ) -> None:
-    """Of a function of two arrays of one shape, and of parameters: that it gives an array of that shape, elementwise.
+    """Of a function of arrays of one shape, and of parameters: that it gives an array of that shape, elementwise.
 
     Raises:
       TypeError, ValueError: it does not; or it has to be differentiated forward and knows no such derivative.
     """
     shapes = tuple(jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.float32) for x in parameters)
-    _check_elementwise(name, function, shapes, is_differentiated)
+    _check_elementwise(name, function, shapes, is_differentiated, num_arrays)
 
 
 @lru_cache(maxsize=256)
 def _check_elementwise(
-    name: str, function: Callable[..., Any], parameters: tuple[Any, ...], is_differentiated: bool
+    name: str, function: Callable[..., Any], parameters: tuple[Any, ...], is_differentiated: bool, num_arrays: int
 ) -> None:
     shape = SIZES[:2]
-    tokens = jax.ShapeDtypeStruct(shape, jax.numpy.float32)
+    arrays = (jax.ShapeDtypeStruct(shape, jax.numpy.float32),) * num_arrays
     hint = "a function of whole rows is a jaxkd.RowDivergence"
     with jax.enable_x64(False):
-        jaxpr, result = jax.make_jaxpr(function, return_shape=True)(tokens, tokens, *parameters)
+        jaxpr, result = jax.make_jaxpr(function, return_shape=True)(*arrays, *parameters)
     if getattr(result, "shape", None) != shape:
         got = f"an array {result.shape}" if hasattr(result, "shape") else repr(result)
-        raise ValueError(f"`{name}` makes {got} of log-probabilities {shape}; give one number a token; {hint}")
+        of = "log-probabilities" if num_arrays == 2 else "numbers"
+        raise ValueError(f"`{name}` makes {got} of {of} {shape}; give one number for each; {hint}")
     if mixing := mixes(jaxpr, *shape):
         raise ValueError(f"`{name}` has {mixing} along an axis; it has to be elementwise; {hint}")
     if is_differentiated and any(x.primitive.name.startswith("custom_vjp_call") for x in _equations(jaxpr.jaxpr)):

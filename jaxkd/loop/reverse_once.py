@@ -19,8 +19,7 @@ def _transpose(cotangent: Any, x: Any) -> Any:
     raise TypeError(
         "a jaxkd loss is differentiated once in reverse mode, and this goes a second time through its gradients, or "
         "the value that came with them, over several chunks of rows: take forward over reverse (jax.hessian, or "
-        "jax.jvp of jax.grad), which goes through sums over rows, or `jax.lax.stop_gradient` of the gradients, or a "
-        "`chunk_size` for all rows"
+        "jax.jvp of jax.grad), or `jax.lax.stop_gradient` of the gradients, or a `chunk_size` for all rows"
     )
 
 

@@ -99,7 +99,7 @@ def _loss_of_arrays(
     weights: Any,
     normalizer: Any,
 ) -> tuple[jax.Array, Metrics]:
-    models = flat_models(partitioning, student, chunk_size=chunk_size)
+    models = flat_models(partitioning, student, chunk_size=chunk_size, implementation=implementation)
     dtype = models.student.dtype
     rows = count_rows(
         partitioning,

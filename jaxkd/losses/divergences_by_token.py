@@ -99,7 +99,15 @@ def _divergences_of_arrays(
     divergence: AnyDivergence,
     temperature: Any,
 ) -> jax.Array:
-    models = flat_models(partitioning, student, teacher, vocabulary=vocabulary, chunk_size=chunk_size)
+    models = flat_models(
+        partitioning,
+        student,
+        teacher,
+        vocabulary=vocabulary,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        divergence=divergence,
+    )
     rows = count_rows(
         partitioning,
         models.leading_shape,

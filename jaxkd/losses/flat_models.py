@@ -1,12 +1,14 @@
 """Student and teacher as the loop over chunks has them, and how many rows of them are together."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jaxkd.divergences import AnyDivergence, Divergence
-from jaxkd.kernels import Chunk, VocabularyShards
+from jaxkd.kernels import Chunk, VocabularyShards, aligned_width
+from jaxkd.logits import LinearLogits
 from jaxkd.loop import Plan, Sharding, rows_of_chunk
 from jaxkd.loop.checks import check_widths
-from jaxkd.loop.flattening import check_sources, flat_sources, splits_vocabulary
+from jaxkd.loop.flattening import check_sources, filled_up, flat_sources, splits_vocabulary
 from jaxkd.loop.partitioning import Partitioning, partitioning_of
 
 
@@ -35,6 +37,11 @@ def partitioning_of_models(
     return partitioning
 
 
+# A head is copied to give it columns that a kernel can align, unless the copy would take more bytes or the kernel was
+# named: the next kernel does without.
+FILLED_BYTES = 2**28
+
+
 class FlatModels(NamedTuple):
     """With one leading axis, filled up so that all devices have as much.
 
@@ -59,8 +66,10 @@ def flat_models(
     student: Any,
     teacher: Any = None,
     *,
+    divergence: AnyDivergence | None = None,
     vocabulary: str | None = None,
     chunk_size: int | None = None,
+    implementation: str | None = None,
 ) -> FlatModels:
     """Of full arrays, on the Auto axes of a mesh; ``vocabulary`` is that of `distillation_loss`."""
     leading_shape, width = student.leading_shape, partitioning.whole_width(student.vocabulary)
@@ -69,14 +78,26 @@ def flat_models(
     if partitioning.vocabulary:
         shards = VocabularyShards(partitioning.vocabulary, width, teacher_width)
     student, teacher = flat_sources(partitioning, student, teacher, truncate=vocabulary != "mask")
-    teachers = () if teacher is None else (teacher.prepared(),)
-    chunks = rows_of_chunk(chunk_size, student, *teachers, partitioning=partitioning)
+
+    heads = [student] if teacher is None else [student, teacher]
+    chunks = rows_of_chunk(chunk_size, *heads, partitioning=partitioning)
     chunk = Chunk(
         partitioning.gather_size * chunks.size,
         partitioning.local_width(student.vocabulary),
-        partitioning.local_width(teacher.vocabulary) if teachers else None,
+        None if teacher is None else partitioning.local_width(teacher.vocabulary),
         student.dtype,
         is_shard=shards is not None,
     )
-    plan = Plan(chunks, partitioning)
-    return FlatModels(student, teachers[0] if teachers else None, leading_shape, width, shards, chunk, plan)
+    if shards is None and all(_may_be_filled(x, implementation) for x in heads):
+        aligned = aligned_width(implementation, chunk, divergence)
+        if aligned != width:
+            shards = VocabularyShards((), width, teacher_width)
+            chunk = replace(chunk, student_width=aligned, teacher_width=None if teacher is None else aligned)
+            student, *rest = (filled_up(x, aligned) for x in heads)
+            teacher = rest[0] if rest else None
+    teacher = None if teacher is None else teacher.prepared()
+    return FlatModels(student, teacher, leading_shape, width, shards, chunk, Plan(chunks, partitioning))
+
+
+def _may_be_filled(source: Any, implementation: str | None) -> bool:
+    return isinstance(source, LinearLogits) and (implementation is not None or source.weight.nbytes <= FILLED_BYTES)

@@ -102,7 +102,15 @@ def _of_arrays(
     divergence: AnyDivergence,
     temperature: Any,
 ) -> dict[str, jax.Array]:
-    models = flat_models(partitioning, student, teacher, vocabulary=vocabulary, chunk_size=chunk_size)
+    models = flat_models(
+        partitioning,
+        student,
+        teacher,
+        vocabulary=vocabulary,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        divergence=divergence,
+    )
     dtype, one_head = models.student.dtype, replace(models.chunk, teacher_width=None)
     divergence = jax.tree.map(lambda x: jnp.asarray(x, dtype), divergence)
     rows = count_rows(partitioning, models.leading_shape, models.width, dtype, labels=labels, ignore_index=ignore_index)

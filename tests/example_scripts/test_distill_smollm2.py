@@ -108,7 +108,14 @@ def test_killed_and_stopped_run_resumes_to_the_same_losses(command, finished, tm
     """Killed after a checkpoint, stopped by Ctrl-C between the arms and in the second, then fed by the live teacher."""
     out = tmp_path / "run"
     arguments = [*command, "--out", str(out)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], stdout=subprocess.DEVNULL, check=False)
+    # Compiled as here, for as many devices: what is kept of the run that nothing disturbed serves this one.
+    as_here = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": str(jax.device_count("cpu"))}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        env=os.environ | as_here,
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
     assert killed.returncode == -signal.SIGKILL
     assert [record["position"] for record in records(out, "train")] == [1, 2, 3, 4]
 

@@ -73,7 +73,9 @@ def test_words():
 
 
 @pytest.mark.usefixtures("few_words")
-@pytest.mark.parametrize("loss", align_dpo.LOSSES)
+@pytest.mark.parametrize(
+    "loss", [pytest.param(loss, marks=() if loss == "dpo" else pytest.mark.slow) for loss in align_dpo.LOSSES]
+)
 def test_alignment(loss, capsys, tmp_path):
     align_dpo.main(["--loss", loss, "--steps", "8", "--plot", str(tmp_path / "align.png")])
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The kernel's arithmetic, run as JAX operations on the CPU, against the XLA rows and the float64 truth."""
+"""The kernel's arithmetic, run as JAX operations on the CPU, against the float64 truth."""
 
 import cases
 import jax
@@ -36,8 +36,8 @@ def run(student, teacher, name, labels=None, implementation="triton", vocabulary
     )
 
 
-def compare(student, teacher, name, labels=None, *, loss=3e-6, gradient=1e-5, xla=False, **options):
-    """With the float64 truth, and if asked with the XLA rows too."""
+def compare(student, teacher, name, labels=None, *, loss=3e-6, gradient=1e-5, **options):
+    """With the float64 truth, to which `test_loss.py` holds the XLA rows."""
     kernel = run(student, teacher, name, labels, **options)
     if isinstance(student, jaxkd.Logits):
         twins = (np.asarray(x.values, np.float64) for x in (student, teacher))
@@ -49,11 +49,6 @@ def compare(student, teacher, name, labels=None, *, loss=3e-6, gradient=1e-5, xl
     assert {x.dtype for x in (got, *metrics.values())} == {jnp.dtype(jnp.float32)}
     for a, b in zip(jax.tree.leaves(got_gradient), jax.tree.leaves(student), strict=True):
         assert a.dtype == b.dtype
-    if xla:
-        plain = run(student, teacher, name, labels, implementation="xla", **options)
-        for a, b in zip(jax.tree.leaves(kernel), jax.tree.leaves(plain), strict=True):
-            assert a.dtype == b.dtype
-            assert cases.relative_error(a, np.asarray(b, np.float64)) <= gradient
 
 
 def heads(width, teacher_width=None, dtype=jnp.float32, **transform):
@@ -82,22 +77,22 @@ FINITE_WHERE_ONE_SIDE_IS_CLOSED = ["jensen_shannon", "skew_kl", "total_variation
 @pytest.mark.parametrize("name", cases.ONE_OF_EACH)
 def test_divergences(name):
     """One program a divergence: all tokens open, some closed on both sides, some on one."""
-    compare(*logits(), name, **SETTINGS["hard"], xla=True)
+    compare(*logits(), name, **SETTINGS["hard"])
     closed = {"labels": cases.some_labels(3, N, 2), "temperature": 1.0, "soft_weight": 1.0, "hard_weight": 0.5}
-    compare(*logits((2, 10, 122), (2, 10, 122)), name, **closed, xla=True)
+    compare(*logits((2, 10, 122), (2, 10, 122)), name, **closed)
     if name in FINITE_WHERE_ONE_SIDE_IS_CLOSED:
         labels = cases.some_labels(3, N, 2) + 1  # open, or ignored
-        compare(*logits((0, 7), (3, 122)), name, **closed | {"labels": np.where(labels < 0, -100, labels)}, xla=True)
+        compare(*logits((0, 7), (3, 122)), name, **closed | {"labels": np.where(labels < 0, -100, labels)})
 
 
 def test_without_labels():
     """Of divergences with the one sum of slopes known, and not."""
     for name in ("forward_kl", "hellinger"):
-        compare(*heads(123), name, xla=name == "hellinger")
+        compare(*heads(123), name)
 
 
 # A power of two is one block or many; of others the last block overlaps the one before.
-@pytest.mark.parametrize("width", [2, 3, 2049, 4099, *(slow(width) for width in (127, 128, 2047, 2048))])
+@pytest.mark.parametrize("width", [2, 3, 2049, *(slow(width) for width in (127, 128, 2047, 2048, 4099))])
 def test_ragged_vocabularies(width):
     labels = cases.some_labels(3, N, width)
     compare(*heads(width), "jensen_shannon", labels, temperature=2.0, hard_weight=0.5)
@@ -105,11 +100,11 @@ def test_ragged_vocabularies(width):
 
 @pytest.mark.parametrize(
     ("widths", "setting"),
-    [((123, 123), "hard"), ((131, 123), "hard"), ((131, 123), "plain"), ((2049, 2049), "plain")],
+    [((131, 123), "hard"), ((2049, 2049), "plain"), slow((123, 123), "hard"), slow((131, 123), "plain")],
 )
 def test_pieces(widths, setting, monkeypatch):
     """The gradient is written among the rows of a chunk."""
-    monkeypatch.setattr(chunk_size, "PIECE_BYTES", sum(widths) * 4)
+    monkeypatch.setattr(chunk_size, "rows_of_piece", lambda *_: 1)
     cases.traced_value_and_grad.clear_cache()  # which does not know of it
     compare(*heads(*widths), "jensen_shannon", vocabulary="truncate", **SETTINGS[setting])
     cases.traced_value_and_grad.clear_cache()
@@ -122,10 +117,10 @@ def test_one_token():
 @pytest.mark.parametrize(
     ("vocabulary", "widths"),
     [
-        ("truncate", (131, 123)),
         ("truncate", (123, 2500)),
-        ("mask", (123, 131)),
         ("mask", (2500, 123)),
+        slow("truncate", (131, 123)),
+        slow("mask", (123, 131)),
         slow("truncate", (123, 131)),
         slow("truncate", (2500, 123)),
         slow("mask", (131, 123)),

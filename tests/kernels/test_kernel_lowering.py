@@ -149,16 +149,43 @@ def test_every_variant_of_mosaic(labelled, differentiate, width):
     assert is_mosaic(lowered("jensen_shannon", width=width, teacher_width=width, **options))
 
 
+@needs_mosaic
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}])
+def test_one_head_of_mosaic(options):
+    def loss(hidden, weight, labels):
+        return jaxkd.cross_entropy(jaxkd.LinearLogits(hidden, weight), labels, chunk_size=16, **options)[0]
+
+    shapes = [jax.ShapeDtypeStruct((size, D), jnp.bfloat16) for size in (N, 128256)]
+    assert is_mosaic(lowering.lower_for_h100(jax.grad(loss), *shapes, jax.ShapeDtypeStruct((N,), jnp.int32)))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("width", [1024, 16416, 32000, 50304, 128256, 151936, 262144, 294912])
+def test_parts_of_mosaic(width, num_heads):
+    """The copies and what is held are the whole of each part, and no copy is empty."""
+    from jaxkd.kernels.row_parts import PARTS, STEP, Parts
+
+    parts = Parts.of(width, num_heads)
+    assert (PARTS - 1) * parts.columns + parts.last_columns == width
+    for columns in (parts.columns, parts.last_columns):
+        copies = parts.copies(columns)
+        assert parts.held * STEP + sum(size for *_, size in copies) == columns
+        assert all(size > 0 for *_, size in copies)
+        assert [first for first, *_ in copies] == [parts.held, *(end for _, end, _ in copies[:-1])]
+        assert copies[-1][1] == parts.num_steps
+
+
 @pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic)])
 def test_pieces_under_x64(kernel, monkeypatch, x64):
-    monkeypatch.setattr(chunk_size, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    monkeypatch.setattr(chunk_size, "rows_of_piece", lambda *_: 8)
     text = lowered("jensen_shannon", width=32000, teacher_width=32000, implementation=kernel)
     assert {"triton": is_triton, "mosaic": is_mosaic}[kernel](text)
 
 
 @pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic), None])
 def test_pieces_are_written_in_place(kernel, monkeypatch):
-    monkeypatch.setattr(chunk_size, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    monkeypatch.setattr(chunk_size, "rows_of_piece", lambda *_: 8)
     text = lowered("jensen_shannon", width=32000, teacher_width=32000, implementation=kernel).as_text()
     assert "output_operand_alias<" in only_kernel(text)
     assert "tensor<8x32000xf32>" in text or "tensor<256000xf32>" in text
@@ -170,7 +197,7 @@ def test_pieces_are_written_in_place(kernel, monkeypatch):
 @pytest.mark.parametrize("transform", ["vmap", "checkpoint"])
 def test_transforms_keep_the_kernel(transform, in_pieces, kernel, monkeypatch):
     """It runs once with a gradient, which is all that reads what it writes in place."""
-    monkeypatch.setattr(chunk_size, "PIECE_BYTES", (8 if in_pieces else 64) * 2 * 32000 * 4)
+    monkeypatch.setattr(chunk_size, "rows_of_piece", lambda *_: 8 if in_pieces else 64)
 
     def loss(hidden, weight):
         student, teacher = jaxkd.LinearLogits(hidden, weight), jaxkd.LinearLogits(hidden[:, ::-1], weight)

@@ -10,7 +10,7 @@ import jaxkd
 
 N, D, V = 6, 4, 11
 HEAD = cases.head(0, N, D, V, bias=True, scale=0.5, softcap=20.0).astype(jnp.float32)
-TEACHER = jaxkd.Logits(jax.random.normal(jax.random.key(1), (N, V)))
+TEACHER = jaxkd.Logits(jnp.asarray(np.random.default_rng(1).normal(size=(N, V)), jnp.float32))
 PAIR = jnp.ones((D, 2)) / D, jnp.ones((2, V))
 
 

@@ -17,8 +17,9 @@ from flax import linen, nnx
 from flax.core import freeze
 
 D, V, RANK = 8, 11, 2
-HIDDEN = jax.random.normal(jax.random.key(0), (2, 3, D))
-TEACHER = jaxkd.Logits(jax.random.normal(jax.random.key(2), (2, 3, V)))
+RNG = np.random.default_rng(0)
+HIDDEN = jnp.asarray(RNG.normal(size=(2, 3, D)), jnp.float32)
+TEACHER = jaxkd.Logits(jnp.asarray(RNG.normal(size=(2, 3, V)), jnp.float32))
 LABELS = jnp.array([[0, 3, -100], [10, 2, 1]])
 BIAS, ADAPTER = nnx.initializers.normal(1.0), {"b_initializer": nnx.initializers.normal(1.0)}
 

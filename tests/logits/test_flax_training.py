@@ -13,8 +13,9 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 IN, D, V, RANK, STEPS = 5, 8, 11, 2, 3
-INPUTS = jax.random.normal(jax.random.key(0), (6, IN))
-TEACHER = jaxkd.Logits(2 * jax.random.normal(jax.random.key(2), (6, V)))
+RNG = np.random.default_rng(0)
+INPUTS = jnp.asarray(RNG.normal(size=(6, IN)), jnp.float32)
+TEACHER = jaxkd.Logits(jnp.asarray(2 * RNG.normal(size=(6, V)), jnp.float32))
 
 
 def loss_of(source):

@@ -96,7 +96,7 @@ def test_near_the_teacher(dtype):
 
 @pytest.mark.parametrize("of_rows", [False, True])
 def test_in_pieces(monkeypatch, of_rows):
-    monkeypatch.setattr(chunk_sizes, "PIECE_BYTES", 2 * V * 4 * 2)
+    monkeypatch.setattr(chunk_sizes, "rows_of_piece", lambda *_: 2)
     student = adapted(cases.head(0, N, D, V), adapter(5), jnp.float32)
     teacher = cases.head(1, N, 5, V).astype(jnp.float32)
     labels = cases.some_labels(2, N, V) if of_rows else None
@@ -122,11 +122,19 @@ def dense(student):
     return jaxkd.Logits(student.hidden @ student.weight.T + student.hidden @ a @ b)
 
 
+def gap(logits, *_):
+    return jax.nn.logsumexp(logits, axis=1)
+
+
 OF_ROWS = {
+    "cross_entropy": lambda source, labels: jaxkd.cross_entropy(source, labels, label_smoothing=0.1, z_loss=0.1)[0],
+    "token_entropies": lambda source, labels: jaxkd.token_entropies(source, mask=labels != -100),
+    "token_divergences": lambda source, labels: jaxkd.token_divergences(
+        source, cases.head(1, N, 5, V).astype(jnp.float32), labels
+    ),
+    "chunked_rows": lambda source, labels: jaxkd.chunked_rows(gap, source, labels),
     "token_log_probs": lambda source, labels: jaxkd.token_log_probs(source, labels),
-    "chunked_loss": lambda source, labels: jaxkd.chunked_loss(
-        lambda logits, labels, *_: (jax.nn.logsumexp(logits, axis=1), {}), source, labels
-    )[0],
+    "chunked_loss": lambda source, labels: jaxkd.chunked_loss(gap, source, labels)[0],
 }
 
 
@@ -134,10 +142,10 @@ OF_ROWS = {
 def test_other_losses(name):
     student = adapted(cases.head(0, N, D, V), adapter(5), jnp.float32)
     labels = jnp.asarray(cases.some_labels(2, N, V))
-    upstream = jnp.arange(1.0, N + 1) if name == "token_log_probs" else 1.0
 
     def total(of, student):
-        return jnp.sum(upstream * OF_ROWS[name](of(student), labels))
+        values = OF_ROWS[name](of(student), labels)
+        return jnp.sum(jnp.arange(1.0, N + 1) * values) if values.ndim else values
 
     for x, y in zip(
         jax.tree.leaves(jax.grad(total, argnums=1)(lambda x: x, student)),

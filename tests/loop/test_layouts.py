@@ -85,6 +85,33 @@ def log_probs(x, total, **options):
     return total(jnp.sum(values * x["upstream"])), {"rows": values}
 
 
+def cross_entropy(x, total, **options):
+    options |= {"label_smoothing": 0.1, "z_loss": 0.1, "weights": x["weights"]}
+    return jaxkd.cross_entropy(models(x)[0], x["labels"], **options)
+
+
+def divergences(x, total, **options):
+    student, teacher = models(x)
+    options |= {"divergence": jaxkd.jensen_shannon(0.3), "mask": x["weights"] > 0.7}
+    values = jaxkd.token_divergences(student, teacher, x["labels"], **options)
+    return total(jnp.sum(values * x["upstream"])), {"rows": values}
+
+
+def entropies(x, total, **options):
+    values = jaxkd.token_entropies(models(x)[0], mask=x["labels"] != -100, **options)
+    return total(jnp.sum(values * x["upstream"])), {"rows": values}
+
+
+def own_rows(x, total, **options):
+    student, teacher = models(x)
+    values = jaxkd.chunked_rows(gap, student, x["labels"], per_row=(teacher, x["weights"]), **options)
+    return total(jnp.sum(values * x["upstream"])), {"rows": values}
+
+
+def gap(*arguments):
+    return squares(*arguments)[0]
+
+
 def statistics(x, total, **options):
     student, teacher = models(x)
     return total(0.0 * jnp.sum(x["hidden"])), jaxkd.token_statistics(
@@ -111,17 +138,23 @@ SUMS = {  # over tokens: the vocabulary may be split
     "jensen_shannon": partial(distillation, jaxkd.jensen_shannon(0.3)),
     "all_rows": all_rows,
     "low_rank": low_rank,
+    "cross_entropy": cross_entropy,
+    "token_divergences": divergences,
+    "token_entropies": entropies,
     "token_log_probs": log_probs,
     "token_statistics": statistics,
 }
 WHOLE = {
     "cosine_distance": partial(distillation, jaxkd.cosine_distance),
     "chunked_loss": partial(own, True),
+    "chunked_rows": own_rows,
     "chunked_loss_all_rows": partial(own, False),
     "hidden_cosine": partial(hidden, jaxkd.hidden_cosine, True),
     "hidden_mse_all_rows": partial(hidden, jaxkd.hidden_mse, False),
     "hidden_mse_projected": partial(projected, jaxkd.hidden_mse),
 }
+
+GIVE_ROWS = ("token_log_probs", "token_divergences", "token_entropies", "token_statistics", "chunked_rows")
 
 # The mesh; the axes of B, of T and of the vocabulary.
 LAYOUTS = {
@@ -134,12 +167,16 @@ LAYOUTS = {
 KINDS = ("Auto", "Explicit", "own shard_map")
 
 
+def slow_unless(chosen, *values):
+    return pytest.param(*values, marks=[] if chosen else [pytest.mark.slow])
+
+
 def table():
     """All that there is; every third is what stays when slow tests are left out: each loss, layout and kind of mesh."""
     for i, (layout, (*_, vocabulary)) in enumerate(LAYOUTS.items()):
         for j, loss in enumerate(SUMS if vocabulary else SUMS | WHOLE):
             for k, kind in enumerate(KINDS):
-                yield pytest.param(loss, layout, kind, marks=[pytest.mark.slow] if (i + j + k) % 3 else [])
+                yield slow_unless((i + j + k) % 3 == 0, loss, layout, kind)
 
 
 REST_OF_WORK = [x for x in SUMS | WHOLE if x not in ("jensen_shannon", "token_log_probs", "chunked_loss")]
@@ -208,14 +245,16 @@ def test_layouts(name, layout, kind):
         row_axes = tuple(dict.fromkeys((*batch, *sequence)))
         total = partial(jax.lax.psum, axis_name=row_axes) if row_axes else lambda v: v
         of = value_and_gradients(loss, total, sharding=sharding_of(*axes))
-        of_rows = {"token_log_probs": {"rows": P(batch or None, sequence or None)}}
-        auxiliary = of_rows.get(name, P(batch or None, sequence or None) if name == "token_statistics" else P())
+        auxiliary = P(batch or None, sequence or None) if name in GIVE_ROWS else P()
         out_specs = ((P(), auxiliary), {key: specs[key] for key in DIFFERENTIATED})
         got = jax.jit(jax.shard_map(of, mesh=mesh, in_specs=(specs,), out_specs=out_specs))(placed)
     assert_same(got, on_one_device(name))
 
 
-@pytest.mark.parametrize("name", SUMS | WHOLE)
+FEW = ("jensen_shannon", "token_log_probs", "cosine_distance", "chunked_loss", "hidden_cosine")
+
+
+@pytest.mark.parametrize("name", [slow_unless(name in FEW, name) for name in SUMS | WHOLE])
 def test_a_shard_map_that_says_nothing(name):
     """Without `sharding` in the caller's shard_map each device has the loss of its own rows, and gradients exist."""
     loss, x, mesh = (SUMS | WHOLE)[name], arrays(), mesh_of((2,), ("data",), AxisType.Auto)
@@ -323,22 +362,25 @@ def test_a_bfloat16_head_is_summed_in_parts():
         assert ("all_reduce", f"{whole}f32>") not in moved
 
 
+LIE = [
+    (P("data"), P(None, "model")),
+    (P("data", None, "model"), P(None, "model")),
+    (P(), P()),
+    (P(None, None, "data"), P()),
+]
+BY_TYPES = ("jensen_shannon", "token_log_probs", "chunked_loss")
+
+
 @pytest.mark.parametrize(
-    ("of_hidden", "of_weight"),
-    [
-        (P("data"), P(None, "model")),
-        (P("data", None, "model"), P(None, "model")),
-        (P(), P()),
-        (P(None, None, "data"), P()),
-    ],
+    ("name", "of_hidden", "of_weight"),
+    [slow_unless((i + j) % 3 == 0, name, *x) for i, x in enumerate(LIE) for j, name in enumerate(BY_TYPES)],
 )
-def test_types_say_how_arrays_lie(of_hidden, of_weight):
+def test_types_say_how_arrays_lie(name, of_hidden, of_weight):
     """On Explicit axes: a head split over D, hidden states split over D, arrays that nothing splits."""
     mesh, x = mesh_of((4, 2), ("data", "model"), AxisType.Explicit), arrays()
     specs = {"hidden": of_hidden, "weight": of_weight, "teacher_hidden": P(*of_hidden[:1]), "labels": P(*of_hidden[:1])}
     placed = {name: jax.device_put(v, NamedSharding(mesh, specs.get(name, P()))) for name, v in x.items()}
-    for name in ("jensen_shannon", "token_log_probs", "chunked_loss"):
-        with jax.set_mesh(mesh):
-            got = jax.jit(value_and_gradients((SUMS | WHOLE)[name]))(placed)
-        assert_same(got, on_one_device(name))
-        assert got[1]["weight"].sharding.spec == P(*(tuple(of_weight) + (None,) * (2 - len(of_weight))))
+    with jax.set_mesh(mesh):
+        got = jax.jit(value_and_gradients((SUMS | WHOLE)[name]))(placed)
+    assert_same(got, on_one_device(name))
+    assert got[1]["weight"].sharding.spec == P(*(tuple(of_weight) + (None,) * (2 - len(of_weight))))

@@ -25,6 +25,16 @@ def log_probs(hidden, chunk_size=2):
     return jnp.sum(jaxkd.token_log_probs(student, LABELS, chunk_size=chunk_size) ** 2)
 
 
+def entropies(hidden):
+    student = jaxkd.LinearLogits(hidden, jnp.asarray(STUDENT.weight, hidden.dtype))
+    return jnp.sum(jaxkd.token_entropies(student, mask=LABELS != -100, chunk_size=2))
+
+
+def labelled(hidden):
+    student = jaxkd.LinearLogits(hidden, jnp.asarray(STUDENT.weight, hidden.dtype))
+    return jaxkd.cross_entropy(student, LABELS, z_loss=0.1, chunk_size=2)[0]
+
+
 def squared_gradient(loss, **options):
     return jax.grad(lambda x: jnp.sum(jax.grad(loss)(x, **options) ** 2))
 
@@ -38,6 +48,9 @@ REFUSED = {
     "gradient": squared_gradient(distilled),
     "value": value_of_both(distilled),
     "rows": squared_gradient(log_probs),
+    "values of rows": value_of_both(log_probs),
+    "entropies": squared_gradient(entropies),
+    "cross_entropy": squared_gradient(labelled),
     "compiled": jax.jit(squared_gradient(distilled)),
 }
 

@@ -86,8 +86,11 @@ def first_logit(logits, labels, per_row, shared):
 
 CALLS = {
     "chunked_loss": lambda labels: jaxkd.chunked_loss(first_logit, STUDENT, labels),
+    "chunked_rows": lambda labels: jaxkd.chunked_rows(first_logit, STUDENT, labels),
+    "cross_entropy": lambda labels: jaxkd.cross_entropy(STUDENT, labels),
     "distillation_loss": lambda labels: jaxkd.distillation_loss(STUDENT, STUDENT, labels),
     "hidden_mse": lambda labels: jaxkd.hidden_mse(STUDENT.hidden, STUDENT.hidden, labels),
+    "token_divergences": lambda labels: jaxkd.token_divergences(STUDENT, STUDENT, labels),
     "token_log_probs": lambda labels: jaxkd.token_log_probs(STUDENT, labels),
 }
 

@@ -5,8 +5,13 @@ import importlib
 import tomllib
 
 import conftest
+import jax.numpy as jnp
 import pytest
 import source_tree
+from jaxtyping import TypeCheckError
+
+import jaxkd
+from jaxkd.logits import low_rank
 
 PROJECT = tomllib.loads((source_tree.ROOT / "pyproject.toml").read_text())
 TEST_FILES = {
@@ -21,6 +26,17 @@ def test_shapes_are_checked_in_every_module_listed(request):
     for name in modules:
         loader = type(importlib.import_module(name).__spec__.loader)
         assert loader.__module__.startswith("jaxtyping"), f"{name} was imported by {loader}"
+
+
+def test_wrong_shapes_are_errors():
+    """Of a function, of one that a function makes, of a result."""
+    with pytest.raises(TypeCheckError, match=r"parameters of .*low_rank_product"):
+        low_rank.low_rank_product(jnp.ones((2, 3)), jnp.ones((4, 1)), jnp.ones((1, 5)), jnp.dtype(jnp.float32))
+    _, pullback = jaxkd.LinearLogits(jnp.ones((2, 3)), jnp.ones((5, 3)), scale=2.0).logits_and_pullback()
+    with pytest.raises(TypeCheckError, match=r"parameters of .*locals.*pullback"):
+        pullback(jnp.ones(5), frozenset({"hidden"}))
+    with pytest.raises(TypeCheckError, match="return value"):
+        jaxkd.Logits(jnp.ones((2, 3, 4))).logits()
 
 
 @pytest.mark.parametrize("top", ["jaxkd", "torch_bridge"])

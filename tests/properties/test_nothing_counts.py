@@ -3,7 +3,7 @@
 The tables of preference and embedding losses are `test_nothing_preferred.py` and `test_nothing_compared.py`.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import cases
 import jax
@@ -68,6 +68,30 @@ def log_probs(x, normalizer=None):
     return jnp.sum(x["weights"] * values), {"sequence": average}
 
 
+def of_rows(function, x, normalizer=None):
+    return jnp.sum(x["weights"] * function(x)), {}
+
+
+def entropies(x):
+    return jaxkd.token_entropies(student_of(x), mask=x["labels"] != -100, chunk_size=2)
+
+
+def divergences(x):
+    options = {"divergence": jaxkd.jensen_shannon(), "mask": x["labels"] != 0, "chunk_size": 2}
+    return jaxkd.token_divergences(student_of(x), teacher_of(x), x["labels"], **options)
+
+
+def own_rows(x):
+    return jaxkd.chunked_rows(
+        lambda *arguments: squares(*arguments)[0], student_of(x), x["labels"], per_row=teacher_of(x), chunk_size=2
+    )
+
+
+def cross_entropy(x, **options):
+    options |= {"label_smoothing": 0.1, "z_loss": 0.1, "weights": x["weights"], "chunk_size": 2}
+    return jaxkd.cross_entropy(student_of(x), x["labels"], **options)
+
+
 def statistics(x, normalizer=None):
     values = jaxkd.token_statistics(student_of(x), x["labels"], teacher_of(x), chunk_size=2)
     return jnp.sum(values["soft"]), {name: jnp.sum(v) for name, v in values.items() if name != "top"}
@@ -97,12 +121,17 @@ LOSSES = {
     "top_k": partial(distillation, teacher=top_k),
     "mixture": partial(distillation, teacher=mixed),
     "vocabulary_map": partial(distillation, teacher=shared),
+    "cross_entropy": cross_entropy,
     "log_probs": log_probs,
+    "entropies": partial(of_rows, entropies),
+    "divergences": partial(of_rows, divergences),
+    "chunked_rows": partial(of_rows, own_rows),
     "statistics": statistics,
     "chunked_loss": own,
     "hidden_cosine": partial(hidden, jaxkd.hidden_cosine),
     "hidden_mse": partial(hidden, jaxkd.hidden_mse),
 }
+OF_ROWS = ("log_probs", "entropies", "divergences", "chunked_rows", "statistics")  # no weight masks their numbers
 NOTHING = {
     "no rows": lambda: (arrays(0), {}),
     "no label counts": lambda: (arrays() | {"labels": jnp.full(N, -100)}, {}),
@@ -118,19 +147,29 @@ def value_and_gradients(loss, x, **options):
     return jax.value_and_grad(of, has_aux=True)({name: x[name] for name in TRAINED})
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("situation", NOTHING)
+@cache
+def compiled(name):
+    return jax.jit(partial(value_and_gradients, LOSSES[name]))
+
+
+# Eagerly a normalizer of 0 is a number that is known, and so is that there is no row; of values nothing is known.
+WAYS = [(situation, True) for situation in NOTHING]
+WAYS += [("no rows", False), ("empty micro-batch", False)]
+WAYS += [pytest.param(x, False, marks=pytest.mark.slow) for x in ("no label counts", "all weights 0")]
+
+
+@pytest.mark.parametrize(("situation", "jitted"), WAYS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_counts(name, situation, jitted):
     """Loss, metrics and gradients are 0, never NaN, even where all that there is is NaN."""
     x, options = NOTHING[situation]()
-    if name in ("log_probs", "statistics"):  # one number a row, which no weight masks
+    if name in OF_ROWS:
         if situation == "all weights 0":
             return
         options = {}
     x |= {key: jnp.full_like(x[key], jnp.nan) for key in ("hidden", "teacher_hidden", "top")}
-    function = partial(value_and_gradients, LOSSES[name], **options)
-    (loss, metrics), gradients = (jax.jit(function) if jitted else function)(x)
+    function = compiled(name) if jitted else partial(value_and_gradients, LOSSES[name])
+    (loss, metrics), gradients = function(x, **options)
     assert loss == 0
     assert all(jnp.all(v == 0) for key, v in metrics.items() if key != "num_rows")
     assert all(jnp.all(g == 0) for g in gradients.values())
@@ -149,8 +188,7 @@ def test_dead_rows_add_nothing(name, bad):
     def with_rows(value):
         return {k: jnp.where(dead[:, None], value, x[k]) for k in ("hidden", "teacher_hidden", "top")}
 
-    function = jax.jit(partial(value_and_gradients, LOSSES[name]))
-    clean, dirty = function(x | with_rows(0.0)), function(x | with_rows(bad))
+    clean, dirty = (compiled(name)(x | with_rows(value)) for value in (0.0, bad))
     for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
         np.testing.assert_array_equal(a, b)
         assert np.isfinite(a).all()

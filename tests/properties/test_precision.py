@@ -106,6 +106,25 @@ def test_gradient_types_are_their_primals(hidden, head):
     assert (gradient.hidden.dtype, gradient.weight.dtype, gradient.bias.dtype) == (hidden, head, head)
 
 
+@pytest.mark.parametrize("hidden", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("head", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_gradient_types_of_numbers_of_rows(hidden, head):
+    student, teacher = pair(hidden, near=False, head_dtype=head, bias=True)
+    calls = {
+        "cross_entropy": lambda x: jaxkd.cross_entropy(x, LABELS, label_smoothing=0.1, z_loss=0.1)[0],
+        "token_log_probs": lambda x: jaxkd.token_log_probs(x, LABELS, temperature=2.0),
+        "token_entropies": lambda x: jaxkd.token_entropies(x, temperature=2.0),
+        "token_divergences": lambda x: jaxkd.token_divergences(x, teacher, LABELS),
+        "chunked_rows": lambda x: jaxkd.chunked_rows(lambda z, *_: jax.nn.logsumexp(z, axis=1), x, LABELS),
+    }
+    for name, call in calls.items():
+        values, gradient = jax.eval_shape(
+            lambda x, call=call: (call(x), jax.grad(lambda y: jnp.sum(call(y)))(x)), student
+        )
+        assert values.dtype == jnp.float32, name
+        assert (gradient.hidden.dtype, gradient.weight.dtype, gradient.bias.dtype) == (hidden, head, head), name
+
+
 def test_master_weights():
     """float32 weights with bfloat16 hidden states: the product of rounded weights, the gradient unrounded."""
     student, teacher = pair(jnp.bfloat16, near=False, head_dtype=jnp.float32)

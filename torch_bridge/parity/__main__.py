@@ -21,6 +21,7 @@ from torch_bridge.convert import obstacle_to_cuda
 from torch_bridge.parity import (
     compare_divergences,
     compare_embedding,
+    compare_one_number_a_row,
     compare_preference,
     compare_pytorch_teachers,
     compare_row_losses,
@@ -29,13 +30,14 @@ from torch_bridge.parity import (
 from torch_bridge.parity.comparison import Comparison, compare
 from torch_bridge.parity.error_table import report, succeeded, summary, table
 
+IN_KERNELS = (compare_divergences, compare_one_number_a_row)
 IN_XLA = (compare_row_losses, compare_pytorch_teachers, compare_teacher_kinds, compare_preference, compare_embedding)
 IMPLEMENTATIONS = [name for name in jaxkd.kernels.dispatch.NAMES if name]
 
 
 def comparisons(device: str, implementation: str | None) -> list[Comparison]:
     """All of them, or those that take an implementation where one is named."""
-    found = compare_divergences.comparisons(device, implementation)
+    found = [x for family in IN_KERNELS for x in family.comparisons(device, implementation)]
     return found if implementation else found + [x for family in IN_XLA for x in family.comparisons(device)]
 
 

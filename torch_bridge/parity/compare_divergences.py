@@ -2,8 +2,7 @@
 
 Every two values of divergence, vocabulary shape, dtype, mask, head, temperature and chunk size meet in at least one
 comparison (not the full product), and every divergence is met near convergence in bfloat16 besides. Beside each stands
-the dense PyTorch loss in its dtype and, where they run, Liger Kernel's two JSD losses. These are the comparisons that
-take an implementation; all others run in XLA.
+the dense PyTorch loss in its dtype and, where they run, Liger Kernel's two JSD losses.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""Losses of whole rows of logits, log-probabilities and hidden states in both libraries, on data like a model's."""
+"""Losses of whole rows of logits and of hidden states in both libraries, on data like a model's."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -10,11 +10,11 @@ import torch
 
 import jaxkd
 from torch_bridge import reference
-from torch_bridge.parity.comparison import Comparison, Tensors, as_jax
+from torch_bridge.parity.comparison import Comparison, Tensors, as_jax, in_dtype
 from torch_bridge.parity.distillation_cases import Case, Shape, make_batch
 
-B, T, HIDDEN, VOCABULARY, EMBEDDING, CHUNK = 4, 17, 48, 509, 24, 16  # 68 rows: five chunks, the last one ragged
-SAME, OTHER = Shape(B * T, HIDDEN, 40, VOCABULARY, VOCABULARY), Shape(B * T, HIDDEN, 40, VOCABULARY, 521)
+ROWS, HIDDEN, VOCABULARY, EMBEDDING, CHUNK = 68, 48, 509, 24, 16  # five chunks, the last one ragged
+SAME, OTHER = Shape(ROWS, HIDDEN, 40, VOCABULARY, VOCABULARY), Shape(ROWS, HIDDEN, 40, VOCABULARY, 521)
 # Three rows in five have a label that counts; the states of the others are NaN.
 WEIGHTED, POISONED = "weighted", "poisoned"
 
@@ -24,7 +24,7 @@ def comparisons(device: str = "cpu") -> list[Comparison]:
     return [
         case
         for dtype in ("float32", "bfloat16")
-        for family in (_distillation, _log_probs, _hidden, _own)
+        for family in (_distillation, _hidden, _own)
         for case in family(dtype, device)
     ]
 
@@ -47,7 +47,7 @@ def _distillation(dtype: str, device: str) -> list[Comparison]:
             return jaxkd.distillation_loss(*models, labels, divergence=divergence, chunk_size=CHUNK, **options)
 
         def of_torch(inputs: Tensors) -> torch.Tensor:
-            fixed = reference.LinearLogits(**_like(batch.teacher, inputs["hidden"]))
+            fixed = reference.LinearLogits(**in_dtype(batch.teacher, inputs["hidden"].dtype))
             models = reference.LinearLogits(**inputs), fixed
             return reference.distillation_loss(*models, batch.labels, divergence=dense_divergence, **batch.options)[0]
 
@@ -72,41 +72,10 @@ def _short_sinkhorn(library: ModuleType, teacher_tokens: Any, student_tokens: An
     return library.sinkhorn(teacher_tokens, student_tokens, top=20, epsilon=0.2, iterations=10)
 
 
-def _log_probs(dtype: str, device: str) -> list[Comparison]:
-    """Each row has an upstream gradient of its own."""
-    batch = make_batch(Case("", SAME, dtype, mask=POISONED, head="bias+softcap"), device)
-    inputs = {name: batch.student[name] for name in ("hidden", "weight", "bias")}
-    inputs["hidden"] = inputs["hidden"].view(B, T, -1)
-    rest = {name: batch.student[name] for name in ("scale", "softcap")}
-    assert batch.labels is not None
-    labels = batch.labels.view(B, T)
-    labels[0] = -100  # a sequence without a label that counts
-    upstream = torch.randn(B, T, generator=torch.Generator().manual_seed(2)).to(device)
-    jax_labels, jax_upstream = as_jax((labels, upstream))
-
-    def case(loss: str, setting: str, function: str, first: Callable[[Any], Any], **options: Any) -> Comparison:
-        def of_jax(inputs: dict[str, Any]) -> Any:
-            student = jaxkd.LinearLogits(**inputs, **rest)
-            values = getattr(jaxkd, function)(student, jax_labels, chunk_size=CHUNK, **options)
-            return jnp.sum(values * first(jax_upstream)), {}
-
-        def of_torch(inputs: Tensors) -> torch.Tensor:
-            student = reference.LinearLogits(**inputs, **rest)
-            return (getattr(reference, function)(student, labels, **options) * first(upstream)).sum()
-
-        return Comparison("log-probabilities", loss, setting, inputs, of_jax, of_torch)
-
-    return [
-        case("token_log_probs", "NaN states", "token_log_probs", lambda x: x),
-        case("sequence_log_probs", "sum", "sequence_log_probs", lambda x: x[:, 0]),
-        case("sequence_log_probs", "average", "sequence_log_probs", lambda x: x[:, 0], average=True),
-    ]
-
-
 def _hidden(dtype: str, device: str) -> list[Comparison]:
-    batch = make_batch(Case("", Shape(B * T, HIDDEN, 40, 40, 1), dtype, mask=POISONED), device)
+    batch = make_batch(Case("", Shape(ROWS, HIDDEN, 40, 40, 1), dtype, mask=POISONED), device)
     student, projection, teacher = batch.student["hidden"], batch.student["weight"], batch.teacher["hidden"]
-    weights = (2 * torch.rand(B * T, generator=torch.Generator().manual_seed(3))).to(device)
+    weights = (2 * torch.rand(ROWS, generator=torch.Generator().manual_seed(3))).to(device)
     jax_teacher, jax_labels, jax_weights = as_jax((teacher, batch.labels, weights))
 
     def case(name: str, setting: str, inputs: Tensors, use_weights: bool) -> Comparison:
@@ -132,35 +101,41 @@ def _hidden(dtype: str, device: str) -> list[Comparison]:
 
 
 def _own(dtype: str, device: str) -> list[Comparison]:
-    """Focal loss with a teacher's confidence in the label as a factor."""
+    """Focal loss with a teacher's confidence in the label as a factor: its mean, and its rows' squares."""
     batch = make_batch(Case("", OTHER, dtype, mask=WEIGHTED), device)
     teacher, labels = as_jax(batch.teacher), as_jax(batch.labels)
-    weights, normalizer = batch.options["weights"], batch.options["normalizer"]
-    jax_weights = as_jax(weights)
+    options = {name: batch.options[name] for name in ("weights", "normalizer")}
+    jax_options = as_jax(options)
 
-    def of_jax(inputs: dict[str, Any]) -> Any:
-        return jaxkd.chunked_loss(
-            _focal,
-            jaxkd.LinearLogits(**inputs),
-            labels,
-            per_row={"teacher": jaxkd.LinearLogits(**teacher)},
-            shared=jnp.asarray(2.0),
-            weights=jax_weights,
-            normalizer=normalizer,
-            chunk_size=CHUNK,
-        )
+    def of_jax(inputs: dict[str, Any], name: str, **options: Any) -> Any:
+        per_row, shared = {"teacher": jaxkd.LinearLogits(**teacher)}, jnp.asarray(2.0)
+        options |= {"per_row": per_row, "shared": shared, "chunk_size": CHUNK}
+        return getattr(jaxkd, name)(_focal, jaxkd.LinearLogits(**inputs), labels, **options)
 
     def focal(logits: torch.Tensor, labels: Any, teacher: torch.Tensor, gamma: float) -> torch.Tensor:
         q, p = (z.softmax(-1).gather(-1, labels[:, None])[:, 0] for z in (logits, teacher))
         return -p * (1 - q) ** gamma * q.log()
 
-    def of_torch(inputs: Tensors) -> torch.Tensor:
-        fixed = reference.LinearLogits(**_like(batch.teacher, inputs["hidden"]))
+    def of_torch(inputs: Tensors, name: str, **options: Any) -> Any:
+        fixed = reference.LinearLogits(**in_dtype(batch.teacher, inputs["hidden"].dtype))
         student = reference.LinearLogits(**inputs)
-        options = {"per_row": fixed, "shared": 2.0, "weights": weights, "normalizer": normalizer}
-        return reference.chunked_loss(focal, student, batch.labels, **options)[0]
+        return getattr(reference, name)(focal, student, batch.labels, per_row=fixed, shared=2.0, **options)
 
-    return [Comparison("distillation", "chunked_loss", "one's own: focal", batch.student, of_jax, of_torch)]
+    def case(name: str, of_jax: Callable[..., Any], of_torch: Callable[..., Any]) -> Comparison:
+        return Comparison("distillation", name, "one's own: focal", batch.student, of_jax, of_torch)
+
+    return [
+        case(
+            "chunked_loss",
+            lambda inputs: of_jax(inputs, "chunked_loss", **jax_options),
+            lambda inputs: of_torch(inputs, "chunked_loss", **options)[0],
+        ),
+        case(
+            "chunked_rows",
+            lambda inputs: (jnp.sum(of_jax(inputs, "chunked_rows") ** 2), {}),
+            lambda inputs: of_torch(inputs, "chunked_rows").square().sum(),
+        ),
+    ]
 
 
 def _focal(logits: jax.Array, labels: jax.Array, per_row: dict[str, jax.Array], gamma: jax.Array) -> jax.Array:
@@ -172,7 +147,3 @@ def _focal(logits: jax.Array, labels: jax.Array, per_row: dict[str, jax.Array], 
 
 def _width(inputs: dict[str, Any]) -> int:
     return inputs["projection"].shape[0] if "projection" in inputs else inputs["student_hidden"].shape[1]
-
-
-def _like(fields: dict[str, Any], like: torch.Tensor) -> dict[str, Any]:
-    return {name: x.to(like.dtype) if isinstance(x, torch.Tensor) else x for name, x in fields.items()}

@@ -126,6 +126,11 @@ def in_float64(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
 
 
+def in_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of a head, its tensors in this dtype."""
+    return {name: x.to(dtype) if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
+
+
 def as_jax(tree: Any) -> Any:
     """A tree with its tensors as arrays on the same device, 64-bit integers in 32 bits."""
 

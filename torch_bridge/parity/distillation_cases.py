@@ -39,6 +39,9 @@ DIVERGENCES = {
     "total_variation": Pair(jaxkd.total_variation, reference.total_variation),
     "hellinger": Pair(jaxkd.hellinger, reference.hellinger),
     "alpha_divergence(0.3)": Pair(jaxkd.alpha_divergence(0.3), reference.alpha_divergence(0.3)),
+    "alpha_beta(0.3, 0.6)": Pair(jaxkd.alpha_beta(0.3, 0.6), reference.alpha_beta(0.3, 0.6)),
+    "overlap_nll": Pair(jaxkd.overlap_nll, reference.overlap_nll),
+    "renyi(0.5)": Pair(jaxkd.renyi(0.5), reference.renyi(0.5)),
 }
 FACTORS: dict[str, Sequence[Any]] = {
     "divergence": tuple(DIVERGENCES),

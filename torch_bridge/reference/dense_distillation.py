@@ -71,11 +71,8 @@ def distillation_loss(
         labels = labels.flatten()
         counted = labels != ignore_index
     student_logits = student.rows(counted)
-    if isinstance(teacher, LinearLogits | Logits):
-        soft = _soft(student_logits, teacher.rows(counted).detach(), divergence, temperature, vocabulary)
-    else:
-        soft = teacher.soft(_float(student_logits), counted, temperature, divergence)
-    hard = torch.zeros_like(soft) if labels is None else _cross_entropy(student_logits, labels[counted])
+    soft = soft_losses(student_logits, teacher, counted, divergence, temperature, vocabulary)
+    hard = torch.zeros_like(soft) if labels is None else label_losses(student_logits, labels[counted])
 
     row_weights = torch.ones_like(soft) if weights is None else weights.flatten()[counted].to(soft.dtype)
     total = row_weights.sum() if normalizer is None else torch.as_tensor(normalizer, dtype=soft.dtype)
@@ -85,16 +82,29 @@ def distillation_loss(
     return soft_weight * soft + hard_weight * hard, metrics
 
 
+def soft_losses(
+    student: Tensor,
+    teacher: Any,
+    counted: Tensor,
+    divergence: Divergence | RowDivergence,
+    temperature: float,
+    vocabulary: str,
+) -> Tensor:
+    """The soft loss of each of the counted rows, whose student logits are (n, V)."""
+    if isinstance(teacher, LinearLogits | Logits):
+        return _soft(student, teacher.rows(counted).detach(), divergence, temperature, vocabulary)
+    return teacher.soft(as_float(student), counted, temperature, divergence)
+
+
 def _soft(
     student: Tensor, teacher: Tensor, divergence: Divergence | RowDivergence, temperature: float, vocabulary: str
 ) -> Tensor:
-    """The soft loss of each row of logits."""
     if not isinstance(divergence, RowDivergence) or divergence.is_common:
         student, teacher = _common_vocabulary(student, teacher, vocabulary)
     teacher, student = teacher / temperature, student / temperature
     if isinstance(divergence, RowDivergence):
-        return divergence.function(_float(teacher), _float(student))
-    return divergence(_log_softmax(teacher), _log_softmax(student))
+        return divergence.function(as_float(teacher), as_float(student))
+    return divergence(log_softmax(teacher), log_softmax(student))
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -154,6 +164,30 @@ def alpha_divergence(alpha: float = 0.5) -> Divergence:
     return divergence
 
 
+def alpha_beta(alpha: float, beta: float) -> Divergence:
+    """-1 / (alpha beta) sum [p^alpha q^beta - alpha / s p^s - beta / s q^s], s = alpha + beta, both above 0."""
+    s = alpha + beta
+
+    def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+        p, q = log_p.exp(), log_q.exp()
+        return (alpha / s * p**s + beta / s * q**s - p**alpha * q**beta).sum(-1) / (alpha * beta)
+
+    return divergence
+
+
+def overlap_nll(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """-log sum min(p, q)."""
+    return -torch.minimum(log_p, log_q).exp().sum(-1).log()
+
+
+def renyi(alpha: float = 0.5) -> Divergence:
+    """log(sum p^alpha q^(1 - alpha)) / (alpha - 1); forward KL at 1."""
+    if alpha == 1:
+        return forward_kl
+    amari = alpha_divergence(alpha)
+    return lambda log_p, log_q: (1 - alpha * (1 - alpha) * amari(log_p, log_q)).log() / (alpha - 1)
+
+
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """sum a (log a - log b), where a = 0 counts as 0 whatever b is."""
     absent = log_a == -torch.inf
@@ -179,16 +213,16 @@ def _common_vocabulary(student: Tensor, teacher: Tensor, vocabulary: str) -> tup
     return student, teacher
 
 
-def _log_softmax(z: Tensor) -> Tensor:
-    return torch.log_softmax(_float(z), -1)
+def log_softmax(z: Tensor) -> Tensor:
+    return torch.log_softmax(as_float(z), -1)
 
 
-def _float(z: Tensor) -> Tensor:
+def as_float(z: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
-def _cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
+def label_losses(z: Tensor, labels: Tensor) -> Tensor:
     """-log q[label]; NaN, gradient included, for a label outside the vocabulary."""
     inside = (labels >= 0) & (labels < z.shape[-1])
-    chosen = _log_softmax(z).gather(-1, torch.where(inside, labels, 0).long()[:, None])[:, 0]
+    chosen = log_softmax(z).gather(-1, torch.where(inside, labels, 0).long()[:, None])[:, 0]
     return -chosen * torch.where(inside, 1.0, torch.nan)

@@ -59,10 +59,11 @@ def test_rows_of_two_families(monkeypatch, tmp_path, capsys):
     for comparison in parity.comparisons("cpu", None):
         every.setdefault(comparison.family, comparison)
     assert every.keys() == {
-        *("divergences", "distillation", "log-probabilities", "hidden states", "teacher", "preference", "embedding")
+        *("divergences", "cross-entropy", "one number a row", "distillation", "hidden states", "teacher"),
+        *("preference", "embedding"),
     }
     named = parity.comparisons("cpu", "xla")  # the others take no implementation
-    assert {comparison.family for comparison in named} == {"divergences"}
+    assert {comparison.family for comparison in named} == {"divergences", "cross-entropy", "one number a row"}
     assert {comparison.dtype for comparison in named} == {"float32", "bfloat16", "float16"}
 
     path = tmp_path / "parity.json"
