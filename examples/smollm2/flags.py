@@ -130,6 +130,38 @@ def parse(argv=None):
     return checked(parser, argv)
 
 
+def parse_on_policy(argv=None):
+    """The same for the command that samples."""
+    parser = Parser(
+        prog="python -m examples.on_policy",
+        description="Distil SmolLM2-135M-Instruct on text that the student samples, beside distillation on given text.",
+    )
+    add = add_common(
+        parser,
+        out="runs/on_policy",
+        divergence="reverse_kl",
+        soft_weight=1.0,
+        hard_weight=0.0,
+        student_layers=8,
+        steps=40,
+        seq_len=96,
+        held_out_windows=8,
+        eval_every=20,
+    )
+    add("--on-policy", metavar="S", type=share, default=0.5, help="share of batches that the student samples")
+    add("--warm-up", metavar="N", type=number(int, at_least=0), help="steps before it samples; default: half of them")
+    add("--prompt-len", metavar="P", type=count, default=32, help="tokens of a window that the student goes on from")
+    add("--sample-temperature", metavar="T", type=number(float, above=0), default=1.0, help="of the student's sampling")
+    settings = checked(parser, argv)
+    if settings.prompt_len > settings.seq_len:
+        parser.error(f"argument --prompt-len: {settings.prompt_len} is longer than --seq-len {settings.seq_len}")
+    if settings.soft_weight == 0:
+        parser.error("argument --soft-weight: at 0 there is nothing to learn from samples")
+    if settings.warm_up is None:
+        settings.warm_up = settings.steps // 2
+    return settings
+
+
 def divergence_of(settings):
     return DIVERGENCES[settings.divergence](settings.beta)
 

@@ -80,6 +80,19 @@ def make_evaluate(graphdef):
     return evaluate
 
 
+def make_sampled_kl(graphdef):
+    """``sampled_kl(params, batch)``: KL(student ‖ teacher), the mean over the tokens of ``batch`` that have a label."""
+
+    @jax.jit
+    def sampled_kl(params, batch):
+        model = nnx.merge(graphdef, params)
+        tokens, labels, teacher = batch
+        student = jaxkd.LinearLogits(model(tokens), model.head)
+        return jaxkd.distillation_loss(student, teacher, labels, divergence=jaxkd.reverse_kl)[0]
+
+    return sampled_kl
+
+
 @jax.jit
 def evaluate_teacher(batch):
     """The teacher's own scores, by the same code: its next-token loss is what a student can hope for."""
