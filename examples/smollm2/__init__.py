@@ -1,1 +1,1 @@
-"""The parts of ``examples.distill_smollm2``: teacher, text, student, training and report, one a module."""
+"""The parts of ``examples.distill_smollm2`` and ``examples.on_policy``: teacher, text, student, sampler, training."""

@@ -38,6 +38,9 @@ def number(kind, *, above=None, at_least=None, at_most=None):
     return parse
 
 
+count, share = number(int, at_least=1), number(float, at_least=0, at_most=1)
+
+
 def readable_file(text):
     path = Path(text)
     if not path.is_file():
@@ -54,21 +57,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def parse(argv=None):
-    """The checked settings; a bad value ends the program with one line on stderr and status 2."""
-    count, share = number(int, at_least=1), number(float, at_least=0, at_most=1)
-    parser = Parser(
-        prog="python -m examples.distill_smollm2",
-        description="Distil SmolLM2-135M-Instruct into a Flax student with fewer layers, beside cross-entropy alone.",
-    )
+def adder(parser):
+    """``parser.add_argument``, with the default in the help."""
 
     def add(flag, *, help, default=None, **options):
         shown = help if default is None else f"{help} (default: %(default)s)"
         parser.add_argument(flag, default=default, help=shown, **options)
 
+    return add
+
+
+def add_common(parser, *, out, **defaults):
+    """The flags that every command of SmolLM2 has; ``defaults`` are those in which the commands differ."""
+    add = adder(parser)
     add("--teacher", metavar="NAME", help="a hub id or a folder; without it SmolLM2-135M-Instruct is fetched")
     add("--text", metavar="FILE", nargs="+", type=readable_file, help="train on these; default: Python's documentation")
-    add("--out", metavar="FOLDER", type=Path, default=Path("runs/smollm2"), help="log, curves and checkpoints")
+    add("--out", metavar="FOLDER", type=Path, default=Path(out), help="log, curves and checkpoints")
     add(
         "--cache",
         metavar="FOLDER",
@@ -77,7 +81,7 @@ def parse(argv=None):
         help="the fetched teacher and its hidden states",
     )
     parser.add_argument(
-        "--live-teacher", action="store_true", help="the teacher runs in every step; its states are not kept on disk"
+        "--live-teacher", action="store_true", help="the teacher reads in every step; its states are not kept on disk"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--student-layers", metavar="N", type=count, default=15, help="evenly spaced layers of the teacher to keep")
@@ -103,12 +107,67 @@ def parse(argv=None):
     add("--device", choices=("cpu", "gpu"), help="default: the GPU where both frameworks have one")
     add("--checkpoint-every", metavar="N", type=count, default=20, help="steps between checkpoints")
     add("--eval-every", metavar="N", type=count, default=40, help="steps between points of the curves")
+    parser.set_defaults(**defaults)
+    return add
+
+
+def checked(parser, argv):
     settings = parser.parse_args(argv)
     if settings.beta is not None and settings.divergence in PARAMETER_FREE:
         parser.error(f"argument --beta: {settings.divergence} has no parameter")
     if settings.soft_weight == settings.hard_weight == 0:
         parser.error("arguments --soft-weight, --hard-weight: both are 0, so there is nothing to train on")
     return settings
+
+
+def parse(argv=None):
+    """The checked settings; a bad value ends the program with one line on stderr and status 2."""
+    parser = Parser(
+        prog="python -m examples.distill_smollm2",
+        description="Distil SmolLM2-135M-Instruct into a Flax student with fewer layers, beside cross-entropy alone.",
+    )
+    add_common(parser, out="runs/smollm2")
+    return checked(parser, argv)
+
+
+def parse_on_policy(argv=None):
+    """The same for the command that samples."""
+    parser = Parser(
+        prog="python -m examples.on_policy",
+        description="Distil SmolLM2-135M-Instruct on text that the student samples, beside distillation on given text.",
+    )
+    add = add_common(
+        parser,
+        out="runs/on_policy",
+        divergence="reverse_kl",
+        soft_weight=1.0,
+        hard_weight=0.0,
+        student_layers=8,
+        steps=32,
+        seq_len=96,
+        held_out_windows=8,
+        eval_every=16,
+    )
+    add("--on-policy", metavar="S", type=share, default=0.5, help="share of batches that the student samples")
+    add("--warm-up", metavar="N", type=number(int, at_least=0), help="steps before it samples; default: half of them")
+    add("--prompt-len", metavar="P", type=count, default=32, help="tokens of a window that the student goes on from")
+    add("--sample-temperature", metavar="T", type=number(float, above=0), default=1.0, help="of the student's sampling")
+    settings = checked(parser, argv)
+    if settings.prompt_len > settings.seq_len:
+        parser.error(f"argument --prompt-len: {settings.prompt_len} is longer than --seq-len {settings.seq_len}")
+    if settings.soft_weight == 0:
+        parser.error("argument --soft-weight: at 0 there is nothing to learn from samples")
+    if settings.warm_up is None:
+        settings.warm_up = settings.steps // 2
+    return settings
+
+
+def divergence_of(settings):
+    return DIVERGENCES[settings.divergence](settings.beta)
+
+
+def chunk_size_of(settings, device):
+    return settings.chunk_size or (64 if device == "cpu" else None)
 
 
 def lasting(settings):

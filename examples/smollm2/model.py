@@ -21,11 +21,14 @@ LAYER_NAMES = {
 }
 
 
-def rotary(x, theta):
-    """Rotate the pairs (x[i], x[i + H/2]) of each head by position * theta^(-2i/H); x is (B, T, heads, H)."""
+def rotary(x, theta, start=0):
+    """Rotate the pairs (x[i], x[i + H/2]) of each head by position * theta^(-2i/H); x is (B, T, heads, H).
+
+    The first position is ``start``.
+    """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequencies  # (T, 1, H/2)
+    angles = (start + jnp.arange(x.shape[1], dtype=jnp.float32))[:, None, None] * frequencies  # (T, 1, H/2)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -44,13 +47,22 @@ class Attention(nnx.Module):
         self.value = linear(config.hidden_size, config.num_key_value_heads * self.head_dim)
         self.out = linear(config.num_attention_heads * self.head_dim, config.hidden_size)
 
-    def __call__(self, x):
+    def __call__(self, x, cache=None, start=0):
+        """(B, T, D) to the same; with a ``cache`` x begins at position ``start``, and the new cache comes back too."""
         query, key, value = (
             layer(x).reshape(*x.shape[:2], -1, self.head_dim) for layer in (self.query, self.key, self.value)
         )
-        query, key = rotary(query, self.theta), rotary(key, self.theta)
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.reshape(*x.shape[:2], -1))
+        query, key = rotary(query, self.theta, start), rotary(key, self.theta, start)
+        if cache is None:
+            mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+            return self.out(mixed.reshape(*x.shape[:2], -1))
+        key, value = (
+            jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+            for old, new in zip(cache, (key, value), strict=True)
+        )
+        sees = jnp.arange(key.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]  # (T, positions of the cache)
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=sees[None, None])
+        return self.out(mixed.reshape(*x.shape[:2], -1)), (key, value)
 
 
 class MLP(nnx.Module):
@@ -83,6 +95,11 @@ class Layer(nnx.Module):
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
+    def extend(self, x, cache, start):
+        mixed, cache = self.attention(self.attention_norm(x), cache, start)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
 
 class Decoder(nnx.Module):
     """Tokens (B, T) to last hidden states (B, T, D). The head is the embedding: ``head`` is (V, D)."""
@@ -101,6 +118,23 @@ class Decoder(nnx.Module):
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
+
+    def empty_cache(self, batch_size, length):
+        """Room for the keys and values of ``length`` positions: a pair for each layer, (B, length, heads, H) each."""
+
+        def room(attention):
+            heads = attention.key.out_features // attention.head_dim
+            return jnp.zeros((batch_size, length, heads, attention.head_dim), self.embed.dtype)
+
+        return [(room(layer.attention), room(layer.attention)) for layer in self.layers]
+
+    def extend(self, tokens, cache, start):
+        """The hidden states of ``tokens`` (B, T) alone, which begin at ``start``, and the cache with theirs in it."""
+        x, caches = self.embed(tokens), []
+        for layer, old in zip(self.layers, cache, strict=True):
+            x, new = layer.extend(x, old, start)
+            caches.append(new)
+        return self.norm(x), caches
 
 
 def evenly_spaced(num_layers, keep):

@@ -1,18 +1,34 @@
 """What the run shows: a live progress bar, the final table, the curves."""
 
+from typing import NamedTuple
+
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+
+class Score(NamedTuple):
+    """How a number of the log is shown."""
+
+    header: str
+    form: str
+    meaning: str
+
+
 SCORES = {
-    "next_token_loss": ("next-token loss", "{:.3f}"),
-    "jsd": ("JSD", "{:.4f}"),
-    "agreement": ("agreement", "{:.1%}"),
+    "next_token_loss": Score("next-token loss", "{:.3f}", "next-token loss in nats"),
+    "jsd": Score("JSD", "{:.4f}", "JSD to the teacher at beta 0.5, temperature 1"),
+    "agreement": Score(
+        "agreement",
+        "{:.1%}",
+        "agreement: share of tokens where student and teacher have the same likeliest next token",
+    ),
+    "sampled_kl": Score(
+        "KL on its samples",
+        "{:.3f}",
+        "KL on its samples: KL(student || teacher) a token, in nats, where the student goes on by itself",
+    ),
 }
-CAPTION = (
-    "next-token loss in nats; JSD to the teacher at beta 0.5, temperature 1; agreement: share of tokens where "
-    "student and teacher have the same likeliest next token"
-)
 
 
 def progress_bar(console):
@@ -21,18 +37,25 @@ def progress_bar(console):
     return Progress(arm, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn(), console=console)
 
 
+def shown(scores, key):
+    """A score as it is printed, and a dash for one that the model does not have."""
+    return SCORES[key].form.format(scores[key]) if key in scores else "-"
+
+
 def one_line(scores):
-    return ", ".join(f"{header} {form.format(scores[key])}" for key, (header, form) in SCORES.items())
+    return ", ".join(f"{score.header} {shown(scores, key)}" for key, score in SCORES.items() if key in scores)
 
 
 def score_table(rows):
     """A rich table of held-out scores; ``rows`` maps a model's name to them."""
-    table = Table(title="On held-out text", caption=CAPTION, caption_justify="left")
+    keys = [key for key in SCORES if any(key in scores for scores in rows.values())]
+    caption = "; ".join(SCORES[key].meaning for key in keys)
+    table = Table(title="On held-out text", caption=caption, caption_justify="left")
     table.add_column("model")
-    for header, _ in SCORES.values():
-        table.add_column(header, justify="right")
+    for key in keys:
+        table.add_column(SCORES[key].header, justify="right")
     for name, scores in rows.items():
-        table.add_row(name, *(form.format(scores[key]) for key, (_, form) in SCORES.items()))
+        table.add_row(name, *(shown(scores, key) for key in keys))
     return table
 
 
@@ -48,13 +71,14 @@ def memory_table(records):
 
 
 def save_curves(path, log, arms, *, start, teacher):
-    """A PNG with a panel a score: the curve of each arm over its steps, from the scores that both start with."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    for axes, (key, (header, _)) in zip(figure.subplots(1, len(SCORES)), SCORES.items(), strict=True):
+    """A PNG with a panel a score: the curve of each arm over its steps, from the scores that all start with."""
+    keys = [key for key in SCORES if key in log.held_out(start)[-1]]
+    figure = Figure(figsize=(1 + 4 * len(keys), 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
         for arm in arms:
             points = [(record["step"], record[key]) for record in [*log.held_out(start), *log.held_out(arm)]]
             axes.plot(*zip(*points, strict=True), "o-", label=arm)
-        axes.set(title=header, xlabel="step")
+        axes.set(title=SCORES[key].header, xlabel="step")
         axes.grid(alpha=0.3)
     figure.axes[0].axhline(log.held_out(teacher)[-1]["next_token_loss"], color="grey", linestyle="--", label=teacher)
     figure.axes[0].legend()

@@ -1,6 +1,7 @@
 """The folder of a run: its settings, its log, its checkpoints. What is on disk is whole at any moment."""
 
 import json
+from typing import NamedTuple
 
 import orbax.checkpoint as ocp
 
@@ -59,6 +60,24 @@ class Log:
     def held_out(self, model):
         """The scores of a model on held-out text, in order."""
         return [record for record in self.of("held_out") if record["model"] == model]
+
+
+class Run(NamedTuple):
+    """An open folder, and where in it a run begins or goes on."""
+
+    checkpoints: ocp.CheckpointManager
+    log: Log
+    is_new: bool
+    position: int  # steps done, over all arms
+
+
+def begin(folder, settings):
+    """`claim` the folder and open what is in it."""
+    claim(folder, settings)
+    checkpoints = open_checkpoints(folder / "checkpoints")
+    position = checkpoints.latest_step()
+    is_new = position is None
+    return Run(checkpoints, Log(folder / "log.jsonl", upto=-1 if is_new else position), is_new, position or 0)
 
 
 def open_checkpoints(folder):

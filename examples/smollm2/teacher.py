@@ -106,6 +106,12 @@ def open_teacher(name, cache, *, dtype=torch.float32, device="cpu", say=print):
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
+def end_tokens(model):
+    """The ids that end a text, as the model's settings of generation have them: a tuple, maybe of none."""
+    ids = model.generation_config.eos_token_id
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+
 def cached(model, tokenizer, windows, cache, *, name, dtype, progress):
     """The teacher's hidden states over windows (N, T + 1), read once and kept in a folder of ``cache``.
 

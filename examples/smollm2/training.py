@@ -1,4 +1,4 @@
-"""What is jitted: one optax step for both arms, and the scores on held-out text."""
+"""What is jitted: the optax step of every arm, and the scores on held-out text."""
 
 from functools import partial
 
@@ -16,8 +16,15 @@ def optimizer_for(learning_rate, steps):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01))
 
 
-def make_train_step(graphdef, optimizer, **loss_options):
-    """``step(state, batch, soft_weight, hard_weight) -> (state, metrics)``, compiled once an arm.
+def fresh_state(params, optimizer, device):
+    """The state before the first step, with a copy of ``params``: a step donates what it is given."""
+    params = jax.tree.map(jnp.copy, params)
+    state = {"params": params, "opt_state": optimizer.init(params)}
+    return jax.device_put(state, jax.devices(device)[0])  # committed, as a step returns it: else it compiles twice
+
+
+def make_train_step(graphdef, optimizer, loss=jaxkd.distillation_loss, **loss_options):
+    """``step(state, batch, soft_weight, hard_weight) -> (state, metrics)``, compiled once for each pair of weights.
 
     The weights are numbers known to the compiler: with a ``soft_weight`` of 0 the teacher's head is not multiplied.
     ``state`` is ``{"params", "opt_state"}`` and is donated; ``batch`` is (tokens, labels, teacher).
@@ -30,14 +37,12 @@ def make_train_step(graphdef, optimizer, **loss_options):
         def loss_fn(params):
             model = nnx.merge(graphdef, params)
             student = jaxkd.LinearLogits(model(tokens), model.head)
-            return jaxkd.distillation_loss(
-                student, teacher, labels, soft_weight=soft_weight, hard_weight=hard_weight, **loss_options
-            )
+            return loss(student, teacher, labels, soft_weight=soft_weight, hard_weight=hard_weight, **loss_options)
 
-        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
+        (total, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        return {"params": params, "opt_state": opt_state}, {"loss": loss, **metrics}
+        return {"params": params, "opt_state": opt_state}, {"loss": total, **metrics}
 
     return step
 
@@ -73,6 +78,19 @@ def make_evaluate(graphdef):
         return jax.tree.map(jnp.mean, jax.lax.map(window, (tokens, labels, teacher.hidden)))
 
     return evaluate
+
+
+def make_sampled_kl(graphdef):
+    """``sampled_kl(params, batch)``: KL(student ‖ teacher), the mean over the tokens of ``batch`` that have a label."""
+
+    @jax.jit
+    def sampled_kl(params, batch):
+        model = nnx.merge(graphdef, params)
+        tokens, labels, teacher = batch
+        student = jaxkd.LinearLogits(model(tokens), model.head)
+        return jaxkd.distillation_loss(student, teacher, labels, divergence=jaxkd.reverse_kl)[0]
+
+    return sampled_kl
 
 
 @jax.jit

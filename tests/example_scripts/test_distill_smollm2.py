@@ -1,6 +1,5 @@
 """The whole example at a tiny size: what it writes, that it can be killed, stopped and resumed, what it refuses."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,10 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from smollm2_cases import save_tiny_teacher
+from smollm2_cases import assert_same_losses, interrupt_after, records, save_tiny_teacher
 
 from examples import distill_smollm2
-from examples.smollm2 import flags, run_folder, teacher, text
+from examples.smollm2 import flags, teacher, text
 
 STEPS = 8
 
@@ -38,21 +37,6 @@ def finished(command, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
     assert distill_smollm2.main([*command, "--out", str(out)]) == 0
     return out
-
-
-def records(out, kind):
-    with (out / "log.jsonl").open() as file:
-        return [record for record in map(json.loads, file) if record["kind"] == kind]
-
-
-def assert_same_losses(out, finished):
-    actual, expected = records(out, "train"), records(finished, "train")
-    assert [record["position"] for record in actual] == list(range(1, 2 * STEPS + 1))
-    np.testing.assert_allclose([r["loss"] for r in actual], [r["loss"] for r in expected], rtol=1e-6)
-    for actual, expected in zip(records(out, "held_out"), records(finished, "held_out"), strict=True):
-        assert actual["model"] == expected["model"]
-        for score in ("next_token_loss", "jsd", "agreement"):
-            assert actual[score] == pytest.approx(expected[score], rel=1e-6, abs=1e-6)
 
 
 def test_a_run_leaves_log_curves_and_checkpoint(finished):
@@ -120,23 +104,16 @@ def test_killed_and_stopped_run_resumes_to_the_same_losses(command, finished, tm
     assert [record["position"] for record in records(out, "train")] == [1, 2, 3, 4]
 
     arguments.append("--resume")
-    write = run_folder.Log.write
     for position in (STEPS, STEPS + 5):
-
-        def write_then_interrupt(log, kind, at, position=position, **values):
-            write(log, kind, at, **values)
-            if at == position and kind == "train":
-                signal.raise_signal(signal.SIGINT)
-
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder.Log, "write", write_then_interrupt)
+            interrupt_after(position, patch)
             assert distill_smollm2.main(arguments) == 130
         assert f"stopped after step {position} of {2 * STEPS}: add --resume" in capsys.readouterr().out
 
     cache = tmp_path / "cache"
     assert distill_smollm2.main([*arguments, "--cache", str(cache), "--live-teacher"]) == 0
     assert not cache.exists()
-    assert_same_losses(out, finished)
+    assert_same_losses(out, finished, 2 * STEPS)
 
 
 @pytest.mark.gpu
