@@ -42,8 +42,7 @@ def token_divergences(
 
     Differentiable in all arrays of ``student``, each row with a gradient of its own: the backward pass forms the logits
     again, a chunk at a time (six products with the heads in all, where `distillation_loss` takes four); of each row a
-    few sums are kept at most. A row that does not count has 0 and no gradient, and
-    is never looked at.
+    few sums are kept at most. A row that does not count has 0 and no gradient, and is never looked at.
 
     Args:
       student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`.
