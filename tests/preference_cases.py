@@ -17,12 +17,13 @@ B, T = 8, 9
 
 class Case(NamedTuple):
     function: Any
-    inputs: dict[str, np.ndarray]  # float64; those that are differentiated begin with "policy"
+    inputs: dict[str, np.ndarray]  # float64
     options: dict[str, Any]
 
     @property
     def policy(self) -> list[str]:
-        return [name for name in self.inputs if name.startswith("policy")]
+        """What is differentiated."""
+        return [name for name in self.inputs if name.startswith(("policy", "entropies"))]
 
     @property
     def whole(self) -> dict[str, float]:
@@ -30,8 +31,13 @@ class Case(NamedTuple):
         parameters = inspect.signature(self.function).parameters
         if "nll_normalizer" in parameters and "chosen_lengths" in self.inputs:
             return {"normalizer": float(B), "nll_normalizer": float(self.inputs["chosen_lengths"].sum())}
-        is_of_tokens = self.function in (preference.dapo, preference.cispo)
-        return {"normalizer": float(self.inputs["mask"].sum() if is_of_tokens else B)}
+        if self.function is preference.sft:
+            return {"normalizer": float(self.inputs["chosen_lengths"].sum())}
+        return {"normalizer": float(self.inputs["mask"].sum() if self.is_mean_of_tokens else B)}
+
+    @property
+    def is_mean_of_tokens(self) -> bool:
+        return self.function in (preference.dapo, preference.cispo, preference.vespo, preference.sampled_kl)
 
     def evaluate(self, inputs: dict[str, Any], **options: Any) -> Any:
         """((loss, metrics), gradients of the policy's log-probabilities)"""
@@ -94,6 +100,11 @@ def _inputs() -> dict[str, dict[str, np.ndarray]]:
 
     sums = halves(policy, "policy"), halves(reference, "reference")
     means = halves(policy / lengths, "policy"), halves(reference / lengths, "reference")
+    of_tokens = {"policy": tokens[:B], "old": near[0][:B], "reference": near[1][:B]}
+    of_tokens |= {"advantages": rng.normal(size=B), "mask": mask[:B]}
+    added = {"entropies": 3 * rng.random((B, T)), "importance_weights": 2 * rng.random((B, T))}
+    by_token = {"advantages": rng.normal(size=(B, T))} | added
+    by_answer = added | {"importance_weights": 2 * rng.random(B)}
     return {
         "sums": sums[0] | sums[1],
         "means": means[0] | means[1],
@@ -101,22 +112,36 @@ def _inputs() -> dict[str, dict[str, np.ndarray]]:
         "means alone": means[0],
         "means with lengths": means[0] | {"chosen_lengths": lengths[:B].astype(float)},
         "unpaired": {"policy": policy[:B], "reference": reference[:B], "is_desirable": np.arange(B) % 3 != 1},
-        "tokens": {"policy": tokens[:B], "old": near[0][:B], "reference": near[1][:B]}
-        | {"advantages": rng.normal(size=B), "mask": mask[:B]},
+        "chosen": {"policy_chosen": policy[:B], "chosen_lengths": lengths[:B].astype(float)},
+        "tokens": of_tokens,
+        "by token": of_tokens | by_token,
+        "by answer": of_tokens | by_answer,
+        "vespo, by token": {k: x for k, x in (of_tokens | by_token).items() if k != "importance_weights"},
+        "no advantages": {k: x for k, x in of_tokens.items() if k != "advantages"},
     }
 
 
 _INPUTS = _inputs()
 _LENGTHS = {"chosen_lengths": _INPUTS["sums alone"]["chosen_lengths"]}
+_ADDED = {"entropy_weight": 0.1, "kl_estimate": preference.bias_corrected(preference.k3)}
 _KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "sums": {"dpo": {}, "cdpo": {}, "robust": {}, "hinge": {}, "exo_pair": {}, "discopop": {}}
-    | {"nca_pair": {}, "bco_pair": {}, "sppo_hard": {}, "apo_zero": {}, "apo_down": {}},
+    | {"nca_pair": {}, "bco_pair": {}, "sppo_hard": {}, "apo_zero": {}, "apo_down": {}}
+    | {"aot": {"label_smoothing": 0.1}, "aot_unpaired": {}},
     "means": {"ipo": {}},
     "sums alone": {"cpo": {}},
     "means alone": {"simpo": {"beta": 2.0}, "cpo_simpo": {"beta": 2.0, "label_smoothing": 0.1}, "orpo": {}},
     "means with lengths": {"cpo_simpo, lengths": {"beta": 2.0}, "orpo, lengths": {}},
     "unpaired": {"kto": {"undesirable_weight": 1.5}, "bco": {}},
-    "tokens": {"grpo": {}, "dr_grpo": {"max_length": 8}, "dapo": {}, "gspo": {}, "cispo": {"max_ratio": 1.3}},
+    "chosen": {"sft": {}},
+    "tokens": {"grpo": {}, "dr_grpo": {"max_length": 8}, "dapo": {}, "gspo": {}, "cispo": {"max_ratio": 1.3}}
+    | {"sapo": {}, "luspo": {}, "gmpo": {}, "rloo": {}, "vespo": {}},
+    "by token": {"grpo, by token": _ADDED | {"delta": 1.4}, "dr_grpo, by token": _ADDED | {"max_length": 8}}
+    | dict.fromkeys(("dapo, by token", "gspo, by token", "luspo, by token", "sapo, by token"), _ADDED)
+    | {"cispo, by token": _ADDED | {"max_ratio": 1.3}},
+    "by answer": dict.fromkeys(("gmpo, by answer", "rloo, by answer"), _ADDED),
+    "vespo, by token": {"vespo, by token": _ADDED},
+    "no advantages": {"sampled_kl": {}, "sampled_kl, bound": {"max_ratio": 1.1, "kl_estimate": preference.k2}},
 }
 CASES = {
     name: Case(getattr(preference, name.partition(",")[0]), _INPUTS[kind], options)
@@ -128,8 +153,27 @@ for _name in ("forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon", "alp
     _divergence = getattr(jaxkd, _name)
     _divergence = _divergence if isinstance(_divergence, jaxkd.Divergence) else _divergence()
     CASES[f"f_po {_name}"] = Case(preference.f_po, _INPUTS["sums"], {"divergence": _divergence})
+for _name, _score in (
+    ("forward_kl", preference.forward_kl_score),
+    ("jensen_shannon", preference.jensen_shannon_score),
+    ("alpha", preference.alpha_score(0.3)),
+):
+    CASES[f"f_dpo {_name}"] = Case(preference.f_dpo, _INPUTS["sums"], {"score": _score})
 
+NOT_LOSSES = {
+    "KLEstimate",
+    "k1",
+    "k2",
+    "k3",
+    "bias_corrected",
+    "alpha_score",
+    "forward_kl_score",
+    "jensen_shannon_score",
+}
+NOT_LOSSES |= {"group_advantages", "leave_one_out_advantages", "length_desensitized_log_probs"}
+LOSSES = [name for name in preference.__all__ if name not in NOT_LOSSES]
 ONE_OF_EACH_KIND = ("dpo", "ipo", "cpo", "orpo", "orpo, lengths", "kto", "bco", "grpo", "dapo", "gspo", "cispo")
-WITH_BASELINE = ("kto", "bco")  # of the whole batch
-PAIRED = [name for name, case in CASES.items() if "policy_chosen" in case.inputs]
-TOKENS = list(_KINDS["tokens"])
+ONE_OF_EACH_KIND += ("aot", "f_dpo forward_kl", "sft", "rloo, by answer", "gspo, by token", "sampled_kl")
+OF_WHOLE_BATCH = ("kto", "bco", "aot", "aot_unpaired")  # a baseline, or ranks
+PAIRED = [name for name, case in CASES.items() if "policy_rejected" in case.inputs]
+TOKENS = [name for name, case in CASES.items() if "mask" in case.inputs]

@@ -25,6 +25,7 @@ ONE = jnp.zeros(1)
 FAR = [jnp.array([-2000.0]), ONE, ONE, ONE]
 TOKEN = jnp.ones((1, 1), bool)
 AT_0, AT_1 = jnp.zeros((1, 1)), jnp.ones((1, 1))
+TWO, SHORT, ENTROPIES = jnp.zeros((2, 2)), jnp.array([[1, 1], [1, 0]]), jnp.array([[1.0, 1.0], [4.0, 9.0]])
 LENGTHS = np.array([1, 3])
 LINE = jnp.array([[0.0], [4.0], [1.0], [9.0], [5.0]])  # distances of a class to itself 4 and 8; the last is alone
 
@@ -143,6 +144,36 @@ DEVIATIONS = {
         -1.0,
         -1 + 0.04 * (exp(1) - 2),
         lambda: preference.grpo(-AT_1, None, AT_0, jnp.ones(1), TOKEN),
+        "TRL",
+    ),
+    "KL of another policy's tokens": (
+        "it is multiplied by the ratio, here e; ours is not unless `kl_estimate` says so, as in Liger and the paper",
+        exp(1) * (exp(1) - 2),
+        exp(1) - 2,
+        lambda: preference.grpo(-AT_1, -2 * AT_1, AT_0, jnp.zeros(1), TOKEN, beta=1.0),
+        "TRL",
+    ),
+    "GRPO's entropy bonus": (
+        "its bonus is a mean over the batch's tokens, of entropies 1, 1 and 4 here; ours is averaged as the loss is",
+        -2.0,
+        -2.5,
+        lambda: preference.grpo(TWO, None, None, jnp.zeros(2), SHORT, entropies=ENTROPIES, entropy_weight=1.0),
+        "TRL",
+    ),
+    "clip_fraction with delta": (
+        "their fraction leaves out tokens that delta stops; ours is of all whose gradient stopped",
+        0.0,
+        1.0,
+        lambda: (preference.dapo(AT_1, -AT_1, None, -jnp.ones(1), TOKEN, delta=2.0)[1]["clip_fraction"],),
+        "Liger, TRL",
+    ),
+    "f-DPO's rewards": (
+        "its metrics are beta times log-ratios; beta times scores are the rewards that the loss compares",
+        0.5,
+        0.5 * (1 - exp(-1)),
+        lambda: (
+            preference.f_dpo(*(x[:1] for x in PAIRS), score=preference.forward_kl_score, beta=0.5)[1]["chosen_rewards"],
+        ),
         "TRL",
     ),
     "DAPO's upper clip by default": (

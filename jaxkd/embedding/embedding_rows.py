@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 from jaxkd.embedding.similarity import widened
 from jaxkd.loop.checks import check_floating, check_scalar, check_weights
-from jaxkd.loop.chunk_size import default_chunk_size
+from jaxkd.loop.chunk_size import power_of_two
+
+SIMILARITY_BYTES = 5 * 2**26  # of a chunk
 
 
 def weigh_rows(weights: Any, *embeddings: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -24,8 +26,9 @@ def only(counts: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def chunk_size_for(num_rows: int, num_candidates: int, dtype: jnp.dtype) -> int:
-    """At most an eighth of the rows, so that the whole never exists, and 2**28 bytes."""
-    return min(default_chunk_size(num_rows, 8 * dtype.itemsize * num_candidates), -(-num_rows // 8))
+    """At most an eighth of the rows, so that the whole never exists, and `SIMILARITY_BYTES`."""
+    most = power_of_two(SIMILARITY_BYTES // (dtype.itemsize * num_candidates), least=128)
+    return min(most, -(-num_rows // 8))
 
 
 def as_embeddings(**embeddings: Any) -> list[jax.Array]:

@@ -86,8 +86,9 @@ def distillation_loss(
       vocabulary: for models of one tokenizer whose widths differ, an error unless it is said: "truncate" compares the
         common first columns, both sides renormalised over them (heads that are padded differently); "mask" gives a side
         -inf where it has no token. Different tokenizers need a `VocabularyMap`, or `earth_mover` or `sinkhorn`.
-      chunk_size: rows whose logits, or gradients of these, exist at a time, at most; None chooses by the widths of the
-        vocabularies.
+      chunk_size: rows whose logits, or gradients of these, exist at a time, at most; None chooses by rows, bytes and
+        platform, so that temporaries are at most a quarter of the dense formula's from some 1000 rows on. The head's
+        gradient, summed in float32, is not made smaller by chunks.
       implementation: "mosaic" (the kernel for Hopper GPUs), "triton" (the kernel for CUDA GPUs), "xla", or None for the
         first of these that can run the call.
       sharding: a `Sharding` that says which axes of a device mesh hold the rows and the vocabulary; None is one device,

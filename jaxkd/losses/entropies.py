@@ -42,7 +42,8 @@ def token_entropies(
       student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`.
       mask: (...) booleans, the rows that count, or None for all.
       temperature: divides the logits; a constant to differentiation.
-      chunk_size: rows whose logits exist at a time, at most; None chooses by the width of the vocabulary.
+      chunk_size: rows whose logits exist at a time, at most; None chooses by rows, bytes and
+        platform.
       implementation, sharding: as in `distillation_loss`.
 
     Returns:

@@ -39,7 +39,8 @@ def token_log_probs(
         vocabulary other than ``ignore_index`` gives NaN.
       temperature: divides the logits; a constant to differentiation.
       ignore_index: the label of a row that does not count.
-      chunk_size: rows whose logits exist at a time, at most; None chooses by the width of the vocabulary.
+      chunk_size: rows whose logits exist at a time, at most; None chooses by rows, bytes and
+        platform.
       implementation, sharding: as in `distillation_loss`.
 
     Returns:

@@ -83,7 +83,7 @@ class Pairs:
 
     def nll_of_answers(self, chosen_lengths: ArrayLike) -> jax.Array:
         """The mean over pairs of the chosen answer's negative log-likelihood a token, 0 for one without tokens: ()."""
-        return self.mean(-self.policy_chosen / jnp.maximum(self._lengths(chosen_lengths), 1))
+        return self.mean(-self.policy_chosen / jnp.maximum(lengths_of(chosen_lengths, self.mean.weights), 1))
 
     def nll_of_tokens(
         self,
@@ -101,7 +101,7 @@ class Pairs:
             if nll_normalizer is not None:
                 raise ValueError("`nll_normalizer` is given but `chosen_lengths` is None; give both")
             return self.mean(-self.policy_chosen)
-        lengths = self._lengths(chosen_lengths)
+        lengths = lengths_of(chosen_lengths, self.mean.weights)
         if nll_normalizer is not None:
             check_scalar("nll_normalizer", nll_normalizer, at_least=0)
         elif normalizer is not None:
@@ -114,18 +114,20 @@ class Pairs:
         nll = -self.policy_chosen * lengths if averaged else jnp.where(lengths == 0, 0, -self.policy_chosen)
         return Mean.of(self.mean.weights, nll_normalizer, counts=lengths)(nll)
 
-    def _lengths(self, chosen_lengths: ArrayLike) -> jax.Array:
-        shape = self.policy_chosen.shape
-        if jnp.shape(chosen_lengths) != ():
-            check_shape("chosen_lengths", chosen_lengths, shape, "policy_chosen")
-        lengths = jnp.broadcast_to(jnp.asarray(chosen_lengths, self.policy_chosen.dtype), shape)
-        return jnp.where(self.mean.weights == 0, 0, lengths)
-
     def result(
-        self, losses: jax.Array, *, nll: jax.Array | None = None, alpha: ArrayLike = 1, **metrics: jax.Array
+        self,
+        losses: jax.Array,
+        *,
+        mean: Mean | None = None,
+        nll: jax.Array | None = None,
+        alpha: ArrayLike = 1,
+        **metrics: jax.Array,
     ) -> Result:
-        """The mean of one loss a pair, plus ``alpha nll``; and the metrics of pairs, with ``metrics`` (B,) besides."""
-        loss = self.mean(losses)
+        """The mean of one loss a pair, plus ``alpha nll``; and the metrics of pairs, with ``metrics`` (B,) besides.
+
+        ``mean`` is that of losses that are not one a pair.
+        """
+        loss = (mean or self.mean)(losses)
         rows = {
             "chosen_rewards": self.chosen_reward,
             "rejected_rewards": self.rejected_reward,
@@ -144,3 +146,11 @@ class Pairs:
 def smoothed(margin: jax.Array, wrong: jax.Array) -> jax.Array:
     """Cross-entropy of sigmoid(margin) with labels of which the share ``wrong`` is the wrong way round."""
     return -(1 - wrong) * log_sigmoid(margin) - wrong * log_sigmoid(-margin)
+
+
+def lengths_of(chosen_lengths: ArrayLike, weights: jax.Array) -> jax.Array:
+    """The tokens of each chosen answer, 0 for one of weight 0: (B,)."""
+    if jnp.shape(chosen_lengths) != ():
+        check_shape("chosen_lengths", chosen_lengths, weights.shape, "policy_chosen")
+    lengths = jnp.broadcast_to(jnp.asarray(chosen_lengths, weights.dtype), weights.shape)
+    return jnp.where(weights == 0, 0, lengths)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.nn import log1mexp, log_sigmoid
 from jax.typing import ArrayLike
 
-from jaxkd.preference.counted_answers import Result
-from jaxkd.preference.pairs import Pairs, smoothed
+from jaxkd.preference.counted_answers import Mean, Result, checked_rows, result
+from jaxkd.preference.pairs import Pairs, lengths_of, smoothed
 
 
 def cpo(
@@ -159,6 +159,38 @@ def orpo(
     nll = pairs.nll_of_tokens(chosen_lengths, nll_normalizer, normalizer, averaged=True)
     log_odds_ratio = _log_odds(pairs.policy_chosen) - _log_odds(pairs.policy_rejected)
     return pairs.result(-pairs.beta * log_sigmoid(log_odds_ratio), nll=nll, log_odds_ratio=log_odds_ratio)
+
+
+def sft(
+    policy_chosen: ArrayLike,
+    *,
+    chosen_lengths: ArrayLike,
+    weights: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+) -> Result:
+    """The likelihood of the chosen answers alone: the NLL of their tokens over the number of these.
+
+    To be added to other losses: ``dpo(...)[0] + bco_pair(...)[0] + sft(...)[0]``, each times its factor, is mixed
+    preference optimisation (MPO, arXiv 2411.10442). `jaxkd.cross_entropy` has the same number and forms its gradient in
+    the forward pass, where no other loss asks for the log-probabilities.
+
+    Args:
+      policy_chosen: (B,) log-probabilities summed over tokens.
+      chosen_lengths: (B,) or a number: the tokens of each answer.
+      normalizer: what divides the sum; None is the weighted number of tokens.
+
+    ``metrics`` are ``chosen_log_probs``, the mean over answers, weighted, and ``num_sequences``.
+
+    >>> print(f"{sft(jnp.array([-2.0, -3.0]), chosen_lengths=jnp.array([1, 3]))[0]:.4f}")
+    1.2500
+    """
+    (log_probs,), row_weights = checked_rows({"policy_chosen": policy_chosen}, weights, normalizer)
+    lengths = lengths_of(chosen_lengths, row_weights)
+    mean = Mean.of(row_weights, normalizer, counts=lengths)
+    return result(
+        mean(jnp.where(lengths == 0, 0, -log_probs)),
+        {"chosen_log_probs": Mean.of(row_weights)(log_probs), "num_sequences": jnp.sum(row_weights != 0)},
+    )
 
 
 def _log_odds(log_prob: jax.Array) -> jax.Array:

@@ -36,8 +36,8 @@ def kto(
       is_desirable: (B,) booleans, or integers 0 and 1.
       desirable_weight, undesirable_weight: factors of the two kinds, at least 0. They do not enter the normalizer.
       kl_log_ratios: ``policy - reference`` of answers (M,) to other prompts than their own, the paper's estimate of the
-        KL divergence, or one number known already: 0, or M = 0, is no baseline. None takes the batch's own answers,
-        weighted.
+        KL divergence, or one number known already: 0, or M = 0, is no baseline (unpaired APO-zero). None takes the
+        batch's own answers, weighted.
       beta, weights, normalizer: as in `jaxkd.preference.dpo`.
 
     Returns:
@@ -88,8 +88,8 @@ def bco(
       delta: the reward shift; None is the paper's, half of the mean reward of the batch's desirable answers plus half
         of that of the others (of one kind alone, its mean). For a shift over many batches keep the mean reward of each
         kind: of the metrics, ``chosen_rewards`` over ``num_desirable`` answers, and ``rejected_rewards`` over
-        ``num_sequences - num_desirable``. A batch of one kind leaves the other's mean as it was, for its 0 is that of
-        no answer. Half of the sum of both is the shift to hand in.
+        ``num_sequences - num_desirable``, for weights of 0 and 1. A batch of one kind leaves the other's mean as it
+        was, for its 0 is that of no answer. Half of the sum of both is the shift to hand in.
 
     The other arguments and the errors are those of `kto`; ``metrics`` has ``delta`` instead of ``kl``.
 

@@ -178,14 +178,14 @@ def test_parts_of_mosaic(width, num_heads):
 
 @pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic)])
 def test_pieces_under_x64(kernel, monkeypatch, x64):
-    monkeypatch.setattr(chunk_size, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    monkeypatch.setattr(chunk_size, "rows_of_piece", lambda *_: 8)
     text = lowered("jensen_shannon", width=32000, teacher_width=32000, implementation=kernel)
     assert {"triton": is_triton, "mosaic": is_mosaic}[kernel](text)
 
 
 @pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic", marks=needs_mosaic), None])
 def test_pieces_are_written_in_place(kernel, monkeypatch):
-    monkeypatch.setattr(chunk_size, "PIECE_BYTES", 8 * 2 * 32000 * 4)
+    monkeypatch.setattr(chunk_size, "rows_of_piece", lambda *_: 8)
     text = lowered("jensen_shannon", width=32000, teacher_width=32000, implementation=kernel).as_text()
     assert "output_operand_alias<" in only_kernel(text)
     assert "tensor<8x32000xf32>" in text or "tensor<256000xf32>" in text
@@ -197,7 +197,7 @@ def test_pieces_are_written_in_place(kernel, monkeypatch):
 @pytest.mark.parametrize("transform", ["vmap", "checkpoint"])
 def test_transforms_keep_the_kernel(transform, in_pieces, kernel, monkeypatch):
     """It runs once with a gradient, which is all that reads what it writes in place."""
-    monkeypatch.setattr(chunk_size, "PIECE_BYTES", (8 if in_pieces else 64) * 2 * 32000 * 4)
+    monkeypatch.setattr(chunk_size, "rows_of_piece", lambda *_: 8 if in_pieces else 64)
 
     def loss(hidden, weight):
         student, teacher = jaxkd.LinearLogits(hidden, weight), jaxkd.LinearLogits(hidden[:, ::-1], weight)

@@ -96,7 +96,7 @@ def test_near_the_teacher(dtype):
 
 @pytest.mark.parametrize("of_rows", [False, True])
 def test_in_pieces(monkeypatch, of_rows):
-    monkeypatch.setattr(chunk_sizes, "PIECE_BYTES", 2 * V * 4 * 2)
+    monkeypatch.setattr(chunk_sizes, "rows_of_piece", lambda *_: 2)
     student = adapted(cases.head(0, N, D, V), adapter(5), jnp.float32)
     teacher = cases.head(1, N, 5, V).astype(jnp.float32)
     labels = cases.some_labels(2, N, V) if of_rows else None

@@ -7,6 +7,7 @@ import cases
 import jax
 import jax.numpy as jnp
 import jaxprs
+import lowering
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -119,7 +120,7 @@ class TestPieces:
 
     @pytest.fixture(autouse=True)
     def _small_pieces(self, monkeypatch):
-        monkeypatch.setattr(chunk_size, "PIECE_BYTES", 6 * 2 * 123 * 4)  # six rows of student and teacher
+        monkeypatch.setattr(chunk_size, "rows_of_piece", lambda *_: 6)
 
     @pytest.mark.parametrize(("chunk_size", "dtype", "labelled"), PIECES)
     def test_any_chunk_size(self, chunk_size, dtype, labelled):
@@ -152,7 +153,7 @@ class TestPieces:
         student, teacher = (cases.head(seed, 64, 8, 123).astype(jnp.bfloat16) for seed in (0, 1))
 
         def loss(student):
-            return jaxkd.distillation_loss(student, teacher, chunk_size=32)[0]
+            return jaxkd.distillation_loss(student, teacher, chunk_size=30)[0]
 
         jaxpr = jax.make_jaxpr(jax.grad(loss))(student)
         wide = {
@@ -161,15 +162,15 @@ class TestPieces:
             for v in x.outvars
             if v.aval.ndim == 2 and v.aval.shape[1] == 123
         }
-        assert max(rows for rows, dtype in wide if dtype == jnp.float32) == 4
-        assert max(rows for rows, dtype in wide if dtype == jnp.bfloat16) == 32  # the gradient of the chunk
+        assert max(rows for rows, dtype in wide if dtype == jnp.float32) == 6
+        assert max(rows for rows, dtype in wide if dtype == jnp.bfloat16) == 30  # the gradient of the chunk
 
     def test_a_chunk_is_never_exceeded(self):
         for size in range(1, 60):
             for rows in (1, 5, 31, 64):
-                chunks = chunk_size.in_pieces(min(size, rows), 984, largest=size)
+                chunks = rows_of_chunk(size, *heads(rows, 123))
                 assert chunks.size <= size
-                assert chunks.piece * 984 <= chunk_size.PIECE_BYTES
+                assert chunks.piece <= 6
                 assert chunks.size % chunks.piece == 0
 
     def test_rows_of_ones_own(self):
@@ -188,19 +189,74 @@ class TestPieces:
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+def heads(rows, width, hidden=64, dtype=jnp.bfloat16, **transform):
+    """A student and a teacher as shapes."""
+    shapes = (jax.ShapeDtypeStruct((n, hidden), dtype) for n in (rows, width))
+    return (jaxkd.LinearLogits(*shapes, **transform),) * 2
+
+
+@pytest.fixture
+def on_a_gpu():
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=lowering.H100)):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "transform", "chunks"),
+    [
+        (8192, 128256, 4096, {}, (2048, 512)),
+        (65536, 151936, 1024, {}, (2048, 512)),
+        (8192, 262144, 1152, {}, (1024, 512)),
+        (8192, 49152, 576, {}, (4096, 1024)),
+        (8192, 32000, 1024, {}, (8192, 1024)),
+        (1501, 128256, 2048, {}, (1536, 256)),
+        (4096, 128256, 4096, {}, (4096, 512)),  # the sum over two chunks would take a quarter of the dense bytes alone
+        (300, 128256, 4096, {}, (304, 152)),
+        (200, 128256, 4096, {}, (200, 200)),
+        (8192, 128256, 4096, {"softcap": 30.0}, (1024, 1024)),
+        (65536, 128256, 4096, {"bias": 0.0}, (2048, 2048)),
+    ],
+)
+def test_default_on_a_gpu(rows, width, hidden, transform, chunks, on_a_gpu):
+    assert rows_of_chunk(None, *heads(rows, width, hidden, **transform)) == chunks
+
+
 @pytest.mark.parametrize(
     ("rows", "width", "transform", "chunks"),
     [
-        (8192, 128256, {}, (2048, 1024)),
-        (65536, 151936, {}, (2048, 1024)),
-        (8192, 262144, {}, (1024, 512)),
-        (8192, 49152, {}, (4096, 2048)),
-        (8192, 32000, {"bias": 0.0}, (8192, 8192)),
-        (1501, 128256, {}, (1502, 751)),
-        (8192, 128256, {"softcap": 30.0}, (2048, 2048)),
+        (8192, 49152, {}, (256, 64)),
+        (1024, 16384, {}, (128, 128)),
+        (512, 151936, {}, (64, 32)),
+        (1025, 49152, {}, (114, 57)),
+        (20, 262144, {}, (20, 20)),
+        (8192, 151936, {"softcap": 30.0}, (32, 32)),
     ],
 )
-def test_default(rows, width, transform, chunks):
-    shapes = (jax.ShapeDtypeStruct((n, 64), jnp.bfloat16) for n in (rows, width))
-    student = jaxkd.LinearLogits(*shapes, **transform)
-    assert rows_of_chunk(None, student, student) == chunks
+def test_default_on_a_cpu(rows, width, transform, chunks):
+    assert rows_of_chunk(None, *heads(rows, width, **transform)) == chunks
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden", "most"),
+    [(128256, 4096, 3.0), (151936, 1024, 2.4), (128256, 2048, 2.1), (262144, 1152, 3.6), (49152, 576, 1.0)],
+)
+def test_bytes_by_default_on_a_gpu(width, hidden, most, on_a_gpu):
+    """Of bfloat16: two heads' float32 logits of a piece, a gradient of a chunk, a float32 sum over several chunks.
+
+    The dense formula has both heads' logits and as much for their gradients; ``most`` is in GiB.
+    """
+    for rows in (512, 1024, 1500, 2048, 3000, 4096, 5632, 6144, 8192, 12345, 65536):
+        size, piece = rows_of_chunk(None, *heads(rows, width, hidden))
+        planned = width * (8 * piece + 2 * size + (4 * hidden if size < rows else 0))
+        assert planned <= 16 * rows * width * (0.5 if rows < 1024 else 0.25)
+        assert planned <= most * 2**30
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("width", [2048, 49152, 151936, 262144])
+def test_rows_by_default_on_a_cpu(width, dtype):
+    """An eighth at most, so that what XLA makes of a piece is little beside the dense formula's."""
+    for rows in (512, 1000, 1024, 1500, 4096, 65536):
+        size, piece = rows_of_chunk(None, *heads(rows, width, dtype=dtype))
+        assert piece <= size <= rows / 8 + 1
+        assert piece <= 32 or piece * width * 4 <= 20 * 2**20

@@ -104,7 +104,7 @@ def test_pieces(name, monkeypatch):
     """Logits of a chunk formed a row at a time."""
     arrays = data(26, 101, None, bias=False, scale=None)
     want = value_and_grad(chunk_size=5)(*arrays)
-    monkeypatch.setattr(chunk_size, "PIECE_BYTES", 1)
+    monkeypatch.setattr(chunk_size, "rows_of_piece", lambda *_: 1)
     shape, rows, vocabulary = LAYOUTS[name]
     sharding = jaxkd.Sharding(rows, vocabulary, mesh_of(shape, ("x", "y")[: len(shape)]))
     check(value_and_grad(sharding=sharding, chunk_size=4)(*arrays), want)

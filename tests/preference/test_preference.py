@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from preference_cases import CASES, ONE_OF_EACH_KIND, PAIRED, WITH_BASELINE, B, cast, evaluate_all
+from preference_cases import CASES, LOSSES, NOT_LOSSES, OF_WHOLE_BATCH, ONE_OF_EACH_KIND, PAIRED, B, cast, evaluate_all
 from quick_programs import QUICK
 
 from jaxkd import preference
@@ -18,14 +18,17 @@ every_loss = pytest.mark.parametrize("name", CASES)
 
 
 def test_every_loss_is_covered_and_has_the_arguments_of_its_kind():
-    assert {case.function for case in CASES.values()} == {getattr(preference, name) for name in preference.__all__}
+    assert {case.function for case in CASES.values()} == {getattr(preference, name) for name in LOSSES}
+    assert set(preference.__all__) >= NOT_LOSSES
     orders = {
         ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"),
         ("policy_chosen", "policy_rejected"),
         ("policy", "reference", "is_desirable"),
         ("policy", "old", "reference", "advantages", "mask"),
+        ("policy", "old", "reference", "mask"),
+        ("policy_chosen",),
     }
-    for name in preference.__all__:
+    for name in LOSSES:
         parameters = inspect.signature(getattr(preference, name)).parameters.values()
         assert tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD) in orders
         assert [p.name for p in parameters if p.kind == p.KEYWORD_ONLY][-2:] == ["weights", "normalizer"]
@@ -33,7 +36,9 @@ def test_every_loss_is_covered_and_has_the_arguments_of_its_kind():
 
 def test_gradient_is_the_derivative(x64):
     """Against central differences in float64, in a random direction."""
-    names = [n for n in CASES if n in ONE_OF_EACH_KIND or n.startswith(("discopop", "exo", "f_po"))]
+    more = ("discopop", "exo", "f_po", "f_dpo", "luspo", "sapo", "gmpo", "rloo", "grpo", "dapo")
+    names = [n for n in CASES if n in ONE_OF_EACH_KIND or n.startswith(more)]
+    names = [n for n in names if not n.startswith(("gspo, ", "luspo, ", "sampled_kl"))]  # slopes of their own
     inputs = {name: dict(CASES[name].inputs) for name in names}
     options = {"kto": {"kl_log_ratios": 0.3}, "bco": {"delta": 0.1}, "cispo": {"max_ratio": 1.0}}
     inputs["cispo"]["old"] = inputs["cispo"]["policy"] - 2  # its factor is a constant: the same one at both ends
@@ -67,7 +72,7 @@ def test_parts_add_up_to_the_whole():
     is_first = np.arange(B) < B // 2
     whole = evaluate_all(INPUTS)
     parts = [evaluate_all(INPUTS, 1.0 * half, options) for half in (is_first, ~is_first)]
-    for name in [name for name in CASES if name not in WITH_BASELINE]:
+    for name in [name for name in CASES if name not in OF_WHOLE_BATCH]:
         (loss, metrics), gradients = whole[name]
         one, other = (part[name] for part in parts)
         np.testing.assert_allclose(one[0][0] + other[0][0], loss, rtol=1e-5, err_msg=name)
@@ -104,12 +109,15 @@ def test_of_bfloat16_only_the_inputs_are_rounded():
     assert jax.device_get(losses(rounded)) == jax.device_get(losses(exact))
 
 
+CONSTANTS = ["reference", "reference_chosen", "reference_rejected", "old", "advantages", "importance_weights"]
+
+
 def test_only_the_policy_has_a_gradient_and_the_metrics_have_none():
     """Pulled back to every array that could have one."""
 
     def pullbacks(name):
         case, arrays = CASES[name], cast(CASES[name].inputs)
-        arrays = {k: x for k, x in arrays.items() if k.startswith(("policy", "reference", "old", "advantages"))}
+        arrays = {k: x for k, x in arrays.items() if k in CONSTANTS + case.policy}
         (loss, metrics), pullback = jax.vjp(lambda x: case.function(**(cast(case.inputs) | x), **case.options), arrays)
         ones, zeros = jnp.ones_like(loss), jnp.zeros_like(loss)
         return [
@@ -163,12 +171,14 @@ def test_extremes_are_finite():
 
 
 def test_metrics_of_pairs():
-    """Rewards are beta times log-ratios, or log-probabilities where there is no reference."""
+    """Rewards are beta times log-ratios, or their scores, or log-probabilities where there is no reference."""
     share, results = WEIGHTS / WEIGHTS.sum(), evaluate_all(INPUTS, WEIGHTS)
     for name in PAIRED:
         x, beta, metrics = INPUTS[name], CASES[name].options.get("beta", 0.1), results[name][0][1]
+        score = CASES[name].options.get("score", np.asarray)
         chosen, rejected = (
-            beta * (x[f"policy_{side}"] - x.get(f"reference_{side}", 0)) for side in ("chosen", "rejected")
+            beta * np.asarray(score(np.float32(x[f"policy_{side}"] - x.get(f"reference_{side}", 0))))
+            for side in ("chosen", "rejected")
         )
         expected = {
             "chosen_rewards": share @ chosen,
@@ -209,7 +219,28 @@ BAD = {
     "kl": ("kto", {"kl_log_ratios": jnp.zeros((B, 2))}, ValueError, ["`kl_log_ratios`", r"\(8, 2\)", r"\(M,\)"]),
     "token rank": ("grpo", {"policy": jnp.zeros(B)}, ValueError, ["`policy`", r"\(8,\)", r"\(B, T\)"]),
     "mask": ("dapo", {"mask": jnp.ones((B, 2))}, ValueError, ["`mask`", r"\(8, 2\)", r"\(8, 9\)"]),
-    "advantages": ("gspo", {"advantages": jnp.ones((B, 9))}, ValueError, ["`advantages`", r"\(8, 9\)", r"\(8,\)"]),
+    "advantages": (
+        "gspo",
+        {"advantages": jnp.ones((B, 2))},
+        ValueError,
+        ["`advantages`", r"\(8, 2\)", r"\(8,\)", r"\(8, 9\)"],
+    ),
+    "of answers": (
+        "rloo",
+        {"advantages": jnp.ones((B, 9))},
+        ValueError,
+        ["`advantages`", r"\(8, 9\)", "rloo", r"\(8,\)"],
+    ),
+    "importance": ("dapo", {"importance_weights": jnp.ones(9)}, ValueError, ["`importance_weights`", r"\(9,\)"]),
+    "entropies": ("dapo", {"entropies": jnp.ones(B)}, ValueError, ["`entropies`", r"\(8,\)", r"\(B, T\)"]),
+    "no entropies": ("dapo", {"entropy_weight": 0.1}, ValueError, ["`entropy_weight`", "`entropies` is None"]),
+    "estimate": ("dapo", {"kl_estimate": "k3"}, TypeError, ["`kl_estimate`", "'k3'", "KLEstimate"]),
+    "delta": ("dapo", {"delta": 0.0}, ValueError, ["`delta`", "above 0"]),
+    "power": ("vespo", {"loss_power": -1}, ValueError, ["`loss_power`", "at least 0"]),
+    "temperature": ("sapo", {"gain_temperature": 0}, ValueError, ["`gain_temperature`", "above 0"]),
+    "no teacher": ("sampled_kl", {"reference": None}, TypeError, ["`reference`", r"\(B, T\)"]),
+    "score": ("f_dpo alpha", {"score": "js"}, TypeError, ["`score`", "'js'", "jensen_shannon_score"]),
+    "chosen lengths": ("sft", {"chosen_lengths": np.ones(3)}, ValueError, ["`chosen_lengths`", r"\(3,\)", r"\(8,\)"]),
     "epsilon": ("gspo", {"epsilon_low": -0.1}, ValueError, ["`epsilon_low`", "at least 0"]),
     "max_length": ("dr_grpo", {"max_length": 0}, ValueError, ["`max_length`", "above 0"]),
     "max_ratio": ("cispo", {"max_ratio": 0.0}, ValueError, ["`max_ratio`", "above 0"]),

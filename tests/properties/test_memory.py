@@ -13,6 +13,7 @@ import jaxkd
 # Sizes that cannot be mistaken for one another.
 N, D, D_TEACHER, V, V_TEACHER, CHUNK = 96, 40, 56, 1009, 1013, 16
 LABELS = cases.some_labels(2, N, V)
+JSD = jaxkd.jensen_shannon(0.5)
 HEADS = {(V, D), (D, V), (V_TEACHER, D_TEACHER), (D_TEACHER, V_TEACHER)}
 
 
@@ -145,19 +146,18 @@ def test_head_gradient_is_carried_in_float32():
     assert accumulator.aval.dtype == jnp.float32
 
 
-def compiled(rows, chunk_size, function="fused", width=8192, hidden=64):
+def compiled(rows, chunk_size, function="fused", width=8192, hidden=64, divergence=JSD):
     student, teacher = (
         jaxkd.LinearLogits(*(jax.ShapeDtypeStruct((size, hidden), jnp.float32) for size in (rows, width)))
         for _ in range(2)
     )
 
     def fused(student, teacher):
-        return jaxkd.distillation_loss(student, teacher, divergence=jaxkd.jensen_shannon(0.5), chunk_size=chunk_size)[0]
+        return jaxkd.distillation_loss(student, teacher, divergence=divergence, chunk_size=chunk_size)[0]
 
     def dense(student, teacher):
         log_q, log_p = (jax.nn.log_softmax(x.hidden @ x.weight.T) for x in (student, teacher))
-        log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2)
-        return jnp.sum(jnp.exp(log_p) * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m)) / (2 * rows)
+        return jnp.sum(divergence.term(log_p, log_q, *divergence.parameters)) / rows
 
     return jax.jit(jax.value_and_grad({"fused": fused, "dense": dense}[function])).lower(student, teacher).compile()
 
@@ -174,6 +174,17 @@ def test_compiled_memory_is_that_of_a_chunk():
     assert dense >= 4 * rows * width
     assert fused <= 4 * (12 * chunk_size * width + 2 * hidden * width + 8 * rows * hidden)
     assert fused < dense / 4
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "share"),
+    [(512, 16384, 128, 0.5), (1024, 2048, 64, 0.25), (1024, 49152, 576, 0.25), (1500, 151936, 64, 0.25)],
+)
+def test_default_takes_a_quarter_of_the_dense_memory(rows, width, hidden, share):
+    """Of forward KL, whose dense formula takes less than the Jensen-Shannon loss's; half with few rows."""
+    sizes = {"width": width, "hidden": hidden, "divergence": jaxkd.forward_kl}
+    assert temporary_bytes(rows, None, **sizes) <= share * temporary_bytes(rows, None, "dense", **sizes)
 
 
 @pytest.mark.optimized

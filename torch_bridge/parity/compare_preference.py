@@ -30,6 +30,8 @@ WITH_REFERENCE: dict[str, Options] = {
     "sppo_hard": {},
     "apo_zero": {},
     "apo_down": {},
+    "aot": {"label_smoothing": 0.1},
+    "aot_unpaired": {},
 }
 WITHOUT_REFERENCE: dict[str, Options] = {
     "cpo": {"chosen_lengths": None},
@@ -37,13 +39,44 @@ WITHOUT_REFERENCE: dict[str, Options] = {
     "cpo_simpo": {"chosen_lengths": None, "beta": 2.0, "alpha": 0.5},
     "orpo": {"chosen_lengths": None},
 }
+CHOSEN: dict[str, Options] = {"sft": {"chosen_lengths": None}}
 UNPAIRED: dict[str, Options] = {"kto": {"undesirable_weight": 1.3}, "bco": {}}
+ESTIMATES: dict[str, Any] = {
+    "k1": (preference.k1, dense.k1),
+    "k2": (preference.k2, dense.k2),
+    "corrected k3": (preference.bias_corrected(preference.k3), dense.bias_corrected(dense.k3)),
+}
+# A word stands for the array or the estimate of that name.
+BY_TOKEN: Options = {"advantages": "token_advantages", "importance_weights": "token_importance"}
+BY_TOKEN |= {"entropies": "entropies", "entropy_weight": 0.1, "kl_estimate": "corrected k3"}
+BY_ANSWER: Options = BY_TOKEN | {"advantages": "advantages", "importance_weights": "importance"}
 TOKENS: dict[str, Options] = {
     "grpo": {},
+    "grpo, by token": BY_TOKEN | {"delta": 1.5},
     "dr_grpo": {"max_length": 40},
+    "dr_grpo, by token": BY_TOKEN | {"max_length": 40, "delta": 1.5},
     "dapo": {},
+    "dapo, by token": BY_TOKEN | {"delta": 1.5},
+    "dapo(kl_estimate=k1)": {"kl_estimate": "k1"},
+    "dapo(kl_estimate=k2)": {"kl_estimate": "k2"},
     "gspo": {},
+    "gspo, by token": BY_TOKEN | {"delta": 1.1},
+    "gspo, by answer": BY_ANSWER | {"delta": 1.1},
+    "luspo": {},
+    "luspo, by answer": BY_ANSWER,
     "cispo": {"max_ratio": 1.2},
+    "cispo, by token": BY_TOKEN | {"max_ratio": 1.2},
+    "sapo": {},
+    "sapo, by token": BY_TOKEN,
+    "gmpo": {},
+    "gmpo, by answer": BY_ANSWER,
+    "rloo": {},
+    "rloo, by answer": BY_ANSWER | {"delta": 1.5},
+    "vespo": {},
+    "vespo, by token": {key: value for key, value in BY_TOKEN.items() if key != "importance_weights"},
+    "sampled_kl": {},
+    "sampled_kl, by token": {"importance_weights": "token_importance", "max_ratio": 1.2},
+    "sampled_kl(kl_estimate=k2)": {"kl_estimate": "k2"},
 }
 DIVERGENCES: dict[str, tuple[jaxkd.Divergence, reference.Divergence]] = {
     "forward_kl": (jaxkd.forward_kl, reference.forward_kl),
@@ -52,6 +85,11 @@ DIVERGENCES: dict[str, tuple[jaxkd.Divergence, reference.Divergence]] = {
     "jensen_shannon()": (jaxkd.jensen_shannon(), reference.jensen_shannon()),
     "alpha_divergence()": (jaxkd.alpha_divergence(), reference.alpha_divergence()),
 }
+SCORES: dict[str, Any] = {
+    "forward_kl": (preference.forward_kl_score, dense.forward_kl_score),
+    "jensen_shannon": (preference.jensen_shannon_score, dense.jensen_shannon_score),
+    "alpha(0.3)": (preference.alpha_score(0.3), dense.alpha_score(0.3)),
+}
 PLAIN = ("dpo", "simpo", "kto", "bco", "grpo", "dapo")
 AVERAGED = ("ipo", "simpo", "cpo_simpo", "orpo")  # take log-probabilities a token
 
@@ -59,8 +97,9 @@ AVERAGED = ("ipo", "simpo", "cpo_simpo", "orpo")  # take log-probabilities a tok
 def comparisons(device: str = "cpu") -> list[Comparison]:
     """Every loss weighted, one of each kind plain, and some of hidden states, in float32 and bfloat16."""
     data = _data(device)
-    options = WITH_REFERENCE | WITHOUT_REFERENCE | UNPAIRED | TOKENS
+    options = WITH_REFERENCE | WITHOUT_REFERENCE | CHOSEN | UNPAIRED | TOKENS
     options |= {f"f_po({name})": {"divergence": both} for name, both in DIVERGENCES.items()}
+    options |= {f"f_dpo({name})": {"score": both} for name, both in SCORES.items()}
     rows = [_of_log_probs(name, data, weighted=False, options=options[name]) for name in PLAIN]
     rows += [_of_log_probs(name, data, weighted=True, options=options[name]) for name in options]
     return rows + [
@@ -82,15 +121,26 @@ def _data(device: str) -> dict[str, torch.Tensor]:
     for name in ("policy", "reference"):
         data[f"{name}_sums"] = (data[name] * mask).sum(1)
         data[f"{name}_means"] = data[f"{name}_sums"] / lengths
+    data["token_advantages"] = torch.randn(2 * PAIRS, LENGTH, generator=generator)
+    data["importance"] = 2 * torch.rand(2 * PAIRS, generator=generator)
+    data["token_importance"] = 2 * torch.rand(2 * PAIRS, LENGTH, generator=generator)
+    data["entropies"] = 3 * torch.rand(2 * PAIRS, LENGTH, generator=generator)
     data["weights"] = torch.randint(3, (2 * PAIRS,), generator=generator).float()  # a third does not count
     return {name: x.to(device) for name, x in data.items()}
 
 
 def _of_log_probs(name: str, data: dict[str, torch.Tensor], weighted: bool, options: Options) -> Comparison:
-    function, is_unpaired, is_token = name.partition("(")[0], name in UNPAIRED, name in TOKENS
+    loss, _, setting = name.partition(", ")
+    function, is_unpaired, is_token = loss.partition("(")[0], name in UNPAIRED, name in TOKENS
+    constants: Options
     if is_token:
+        options = {key: (data | ESTIMATES)[x] if isinstance(x, str) else x for key, x in options.items()}
         inputs = {"policy": data["policy"]}
+        if "entropies" in options:
+            inputs["entropies"] = options.pop("entropies")
         constants = {key: data[key] for key in ("old", "reference", "advantages", "mask")}
+        if function == "sampled_kl":
+            del constants["advantages"]
         weights = data["weights"]
     elif is_unpaired:
         inputs = {"policy": data["policy_sums"]}
@@ -101,13 +151,16 @@ def _of_log_probs(name: str, data: dict[str, torch.Tensor], weighted: bool, opti
         halves = {model: data[f"{model}_{kind}"].split(PAIRS) for model in ("policy", "reference")}
         inputs = {"policy_chosen": halves["policy"][0], "policy_rejected": halves["policy"][1]}
         constants = {"reference_chosen": halves["reference"][0], "reference_rejected": halves["reference"][1]}
-        constants = {} if name in WITHOUT_REFERENCE else constants
+        if name in WITHOUT_REFERENCE | CHOSEN:
+            constants = {}
+        if name in CHOSEN:
+            del inputs["policy_rejected"]
         weights = data["weights"][:PAIRS]
     if "chosen_lengths" in options:
         options = options | {"chosen_lengths": data["lengths"][:PAIRS]}
     if weighted:
         options = options | {"weights": weights, "normalizer": 11.0}
-        if "chosen_lengths" in options and name != "irpo":
+        if "chosen_lengths" in options and name not in ("irpo", "sft"):
             options["nll_normalizer"] = 150.0
     in_jax, in_torch = ({key: pick(x) for key, x in (constants | options).items()} for pick in (_for_jax, _for_torch))
 
@@ -117,7 +170,8 @@ def _of_log_probs(name: str, data: dict[str, torch.Tensor], weighted: bool, opti
     def of_torch(tensors: Tensors) -> torch.Tensor:
         return getattr(dense, function)(**tensors, **in_torch)
 
-    return Comparison("preference", name, "weighted" if weighted else "plain", inputs, of_jax, of_torch)
+    settings = ["weighted" if weighted else "plain", *filter(None, [setting])]
+    return Comparison("preference", loss, ", ".join(settings), inputs, of_jax, of_torch)
 
 
 def _of_hidden_states(name: str, dtype: torch.dtype, device: str) -> Comparison:

@@ -1,6 +1,7 @@
 """The preference losses in plain PyTorch, from log-probabilities, each written out as its paper has it.
 
-Names, arguments and defaults are those of `jaxkd.preference`; every function returns the loss alone.
+Names, arguments and defaults are those of `jaxkd.preference`; every function returns the loss alone. The policy losses
+are in `dense_policy`, and are had from here too.
 """
 
 from collections.abc import Callable
@@ -9,15 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-Weights = Tensor | None
-Number = Tensor | float
-
-
-def _mean(losses: Tensor, weights: Weights, normalizer: Number | None, counts: Tensor | None = None) -> Tensor:
-    weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
-    kept = weights != 0
-    total = (weights if counts is None else weights * counts).sum() if normalizer is None else normalizer
-    return (weights[kept] * losses[kept]).sum() / total if kept.any() else losses[kept].sum()
+from torch_bridge.reference.dense_means import Number, Weights, weighted_mean
+from torch_bridge.reference.dense_policy import (  # noqa: F401
+    bias_corrected,
+    cispo,
+    dapo,
+    dr_grpo,
+    gmpo,
+    grpo,
+    gspo,
+    k1,
+    k2,
+    k3,
+    luspo,
+    rloo,
+    sampled_kl,
+    sapo,
+    vespo,
+)
 
 
 def _pair_loss(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -37,7 +47,7 @@ def _pair_loss(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
         a, b = policy_chosen - reference_chosen.detach(), policy_rejected - reference_rejected.detach()
         if "chosen_lengths" in parameters:
             parameters["chosen_per_token"] = policy_chosen / parameters.pop("chosen_lengths")
-        return _mean(formula(a, b, beta, **parameters), weights, normalizer)
+        return weighted_mean(formula(a, b, beta, **parameters), weights, normalizer)
 
     return loss
 
@@ -121,11 +131,62 @@ def apo_down(a, b, beta):
     return torch.sigmoid(beta * a) + 1 - torch.sigmoid(beta * (a - b))
 
 
+@_pair_loss
+def f_dpo(a, b, beta, score):
+    """``score`` is one of those below, of t = policy / reference: f' of the divergence."""
+    return softplus(beta * score(b.exp()) - beta * score(a.exp()))
+
+
+def forward_kl_score(t):
+    return -1 / t
+
+
+def jensen_shannon_score(t):
+    return torch.log(2 * t / (1 + t))
+
+
+def alpha_score(alpha):
+    return lambda t: (t ** (alpha - 1) - 1) / (alpha - 1)
+
+
+def _sorted_loss(is_paired: bool) -> Callable[..., Tensor]:
+    def loss(
+        policy_chosen: Tensor,
+        policy_rejected: Tensor,
+        reference_chosen: Tensor,
+        reference_rejected: Tensor,
+        *,
+        beta: Number = 0.1,
+        label_smoothing: Number = 0.0,
+        weights: Weights = None,
+        normalizer: Number | None = None,
+    ) -> Tensor:
+        """Weights are whole numbers: every pair stands there so many times."""
+        pairs = [policy_chosen, policy_rejected, reference_chosen.detach(), reference_rejected.detach()]
+        if weights is not None:
+            pairs = [x.repeat_interleave(weights.long()) for x in pairs]
+        chosen, rejected, chosen_anchor, rejected_anchor = pairs
+        above, below = (
+            (chosen - rejected, chosen_anchor - rejected_anchor)
+            if is_paired
+            else (chosen - chosen_anchor, rejected - rejected_anchor)
+        )
+        h = beta * (above.sort().values - below.sort().values)
+        losses = (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
+        return losses.sum() / (len(losses) if normalizer is None else normalizer)
+
+    return loss
+
+
+aot = _sorted_loss(is_paired=True)
+aot_unpaired = _sorted_loss(is_paired=False)
+
+
 def _nll_of_tokens(log_probs, lengths, nll_normalizer, weights, normalizer):
     """Of log-probabilities averaged over tokens: the sum over all tokens by their number; without lengths the mean."""
     if lengths is None:
-        return _mean(-log_probs, weights, normalizer)
-    return _mean(-log_probs * lengths, weights, nll_normalizer, counts=lengths)
+        return weighted_mean(-log_probs, weights, normalizer)
+    return weighted_mean(-log_probs * lengths, weights, nll_normalizer, counts=lengths)
 
 
 def cpo(
@@ -143,7 +204,7 @@ def cpo(
     h = beta * (policy_chosen - policy_rejected)
     preference = (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
     nll = _nll_of_tokens(policy_chosen / chosen_lengths, chosen_lengths, nll_normalizer, weights, normalizer)
-    return _mean(preference, weights, normalizer) + alpha * nll
+    return weighted_mean(preference, weights, normalizer) + alpha * nll
 
 
 def simpo(policy_chosen, policy_rejected, *, beta=0.1, gamma=0.5, label_smoothing=0.0, weights=None, normalizer=None):
@@ -175,7 +236,7 @@ def cpo_simpo(
     h = beta * (policy_chosen - policy_rejected) - gamma
     preference = (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
     nll = _nll_of_tokens(policy_chosen, chosen_lengths, nll_normalizer, weights, normalizer)
-    return _mean(preference, weights, normalizer) + alpha * nll
+    return weighted_mean(preference, weights, normalizer) + alpha * nll
 
 
 def orpo(
@@ -190,7 +251,11 @@ def orpo(
 ):
     odds = [log_prob.exp() / -torch.expm1(log_prob) for log_prob in (policy_chosen, policy_rejected)]
     nll = _nll_of_tokens(policy_chosen, chosen_lengths, nll_normalizer, weights, normalizer)
-    return nll + _mean(-beta * torch.log(odds[0] / (odds[0] + odds[1])), weights, normalizer)
+    return nll + weighted_mean(-beta * torch.log(odds[0] / (odds[0] + odds[1])), weights, normalizer)
+
+
+def sft(policy_chosen, *, chosen_lengths, weights=None, normalizer=None):
+    return weighted_mean(-policy_chosen, weights, normalizer, counts=chosen_lengths)
 
 
 def kto(
@@ -206,10 +271,10 @@ def kto(
     normalizer=None,
 ):
     log_ratio = policy - reference.detach()
-    kl = _mean(log_ratio, weights, None) if kl_log_ratios is None else torch.as_tensor(kl_log_ratios).mean()
+    kl = weighted_mean(log_ratio, weights, None) if kl_log_ratios is None else torch.as_tensor(kl_log_ratios).mean()
     gain = beta * (log_ratio - kl.detach().clamp(min=0))
     desirable = desirable_weight * (1 - torch.sigmoid(gain))
-    return _mean(
+    return weighted_mean(
         torch.where(is_desirable, desirable, undesirable_weight * (1 - torch.sigmoid(-gain))), weights, normalizer
     )
 
@@ -220,109 +285,13 @@ def bco(policy, reference, is_desirable, *, beta=0.1, delta=None, weights=None, 
         kinds = [is_desirable, ~is_desirable]
         kinds = [kind for kind in kinds if weights is None or (weights[kind] != 0).any()]
         delta = torch.stack(
-            [_mean(reward[kind], None if weights is None else weights[kind], None) for kind in kinds if kind.any()]
+            [
+                weighted_mean(reward[kind], None if weights is None else weights[kind], None)
+                for kind in kinds
+                if kind.any()
+            ]
         )
         delta = delta.mean().detach()
-    return _mean(torch.where(is_desirable, softplus(delta - reward), softplus(reward - delta)), weights, normalizer)
-
-
-def _token_losses(policy, old, reference, advantages, mask, surrogate, beta) -> Tensor:
-    """``surrogate(log_ratio, advantages)`` plus beta times the KL estimate, 0 where the mask is: (B, T)."""
-    policy = policy.masked_fill(~mask, 0)
-    old = policy.detach() if old is None else old.masked_fill(~mask, 0)
-    losses = surrogate(policy - old.detach(), advantages[:, None])
-    if reference is not None:
-        d = reference.detach().masked_fill(~mask, 0) - policy
-        losses = losses + beta * (d.exp() - d - 1)
-    return losses.masked_fill(~mask, 0)
-
-
-def _clipped(epsilon_low, epsilon_high):
-    def surrogate(log_ratio, advantages):
-        ratio = log_ratio.exp()
-        return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)
-
-    return surrogate
-
-
-def grpo(
-    policy,
-    old,
-    reference,
-    advantages,
-    mask,
-    *,
-    beta=0.04,
-    epsilon_low=0.2,
-    epsilon_high=0.2,
-    weights=None,
-    normalizer=None,
-):
-    losses = _token_losses(policy, old, reference, advantages, mask, _clipped(epsilon_low, epsilon_high), beta)
-    return _mean(losses.sum(1) / mask.sum(1).clamp(min=1), weights, normalizer)
-
-
-def dr_grpo(
-    policy,
-    old,
-    reference,
-    advantages,
-    mask,
-    *,
-    max_length,
-    beta=0.04,
-    epsilon_low=0.2,
-    epsilon_high=0.2,
-    weights=None,
-    normalizer=None,
-):
-    losses = _token_losses(policy, old, reference, advantages, mask, _clipped(epsilon_low, epsilon_high), beta)
-    return _mean(losses.sum(1) / max_length, weights, normalizer)
-
-
-def dapo(
-    policy,
-    old,
-    reference,
-    advantages,
-    mask,
-    *,
-    beta=0.04,
-    epsilon_low=0.2,
-    epsilon_high=0.28,
-    weights=None,
-    normalizer=None,
-):
-    losses = _token_losses(policy, old, reference, advantages, mask, _clipped(epsilon_low, epsilon_high), beta)
-    return _mean(losses.sum(1), weights, normalizer, counts=mask.sum(1))
-
-
-def gspo(
-    policy,
-    old,
-    reference,
-    advantages,
-    mask,
-    *,
-    beta=0.04,
-    epsilon_low=3e-4,
-    epsilon_high=4e-4,
-    weights=None,
-    normalizer=None,
-):
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)
-
-    def surrogate(log_ratio, advantages):
-        one_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)
-        return _clipped(epsilon_low, epsilon_high)(one_ratio, advantages)
-
-    losses = _token_losses(policy, old, reference, advantages, mask, surrogate, beta)
-    return _mean((losses / lengths).sum(1), weights, normalizer)
-
-
-def cispo(policy, old, reference, advantages, mask, *, beta=0.04, max_ratio=5.0, weights=None, normalizer=None):
-    def surrogate(log_ratio, advantages):
-        return -log_ratio.exp().clamp(max=max_ratio).detach() * advantages * policy.masked_fill(~mask, 0)
-
-    losses = _token_losses(policy, old, reference, advantages, mask, surrogate, beta)
-    return _mean(losses.sum(1), weights, normalizer, counts=mask.sum(1))
+    return weighted_mean(
+        torch.where(is_desirable, softplus(delta - reward), softplus(reward - delta)), weights, normalizer
+    )

@@ -10,6 +10,8 @@ import torch
 from preference_cases import CASES
 from preference_deviations import DEVIATIONS
 
+from jaxkd import preference
+
 BETA = 0.3
 LIGER_DPO = {
     "dpo": ("sigmoid", {}),
@@ -32,6 +34,14 @@ LIGER_GRPO = {
         {},
     ),
     "cispo": ({"loss_type": "cispo", "epsilon_high": 1.3}, {"max_ratio": 1.3}),
+    "sapo": ({"loss_type": "sapo"}, {}),
+    "vespo": ({"loss_type": "vespo"}, {}),
+    "dapo, two-sided": ({"loss_type": "dapo", "epsilon_high": 0.28, "delta": 1.4}, {"delta": 1.4}),
+    "dapo, bias-corrected": (
+        {"loss_type": "dapo", "epsilon_high": 0.28, "use_bias_correction_kl": True},
+        {"kl_estimate": preference.bias_corrected(preference.k3)},
+    ),
+    "grpo, importance": ({"loss_type": "grpo", "vllm_is_ratio": 1.7}, {"importance_weights": 1.7}),
 }
 
 
@@ -96,14 +106,18 @@ def test_liger_kto(x64):
 @pytest.mark.parametrize("name", LIGER_GRPO)
 def test_liger_grpo(name, x64):
     liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss").LigerFusedLinearGRPOFunction
-    x, (options, our_options) = tensors(name), LIGER_GRPO[name]
+    loss_name, (options, our_options) = name.partition(",")[0], LIGER_GRPO[name]
+    x = tensors(loss_name)
+    if "importance_weights" in our_options:
+        our_options = {"importance_weights": jnp.full(x["mask"].shape, our_options["importance_weights"])}
     theirs, (kl, clipped) = liger.ppo_loss_fn(
         x["policy"], x["mask"].double(), x["advantages"], x["mask"], x["reference"], x["old"], beta=BETA, **options
     )
-    loss, metrics = ours(name, beta=BETA, **our_options)
+    loss, metrics = ours(loss_name, beta=BETA, **our_options)
     np.testing.assert_allclose(loss, theirs, rtol=1e-6)
     np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-6)
-    if name != "cispo":  # theirs leaves out tokens of negative advantage, whose ratio is cut off as well
+    # Theirs leaves out tokens of negative advantage that are cut off by `max_ratio` or `delta`.
+    if "clip_fraction" in metrics and name not in ("cispo", "dapo, two-sided"):
         np.testing.assert_allclose(metrics["clip_fraction"], clipped, rtol=1e-6)
 
 
