@@ -1,1 +1,1 @@
-"""The parts of ``examples.distill_smollm2`` and ``examples.on_policy``: teacher, student, sampler, loop; one a module."""
+"""The parts of ``examples.distill_smollm2`` and ``examples.on_policy``: teacher, text, student, sampler, training."""

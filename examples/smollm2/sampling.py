@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxkd
-from torch_bridge.teachers import TeacherBatch
+from torch_bridge import TeacherBatch
+
+IGNORED = -100  # the label of a token that does not count
 
 
 def sample(model, prompts, num_new, key, *, temperature, end_tokens):
@@ -41,14 +43,14 @@ def sample(model, prompts, num_new, key, *, temperature, end_tokens):
 
 
 def sampled_labels(tokens, prompt_length, end_tokens):
-    """The labels (B, T) of ``tokens`` (B, T): what was sampled, up to and with the first end of text; else -100.
+    """The labels (B, T) of ``tokens`` (B, T): what was sampled, up to and with the first end of text; else `IGNORED`.
 
     An end of text within the prompt ends nothing.
     """
     is_sampled = jnp.arange(tokens.shape[1]) >= prompt_length
     is_end = is_sampled & jnp.isin(tokens, jnp.array(end_tokens, jnp.int32))
     is_after_end = jnp.cumsum(is_end, axis=1) - is_end > 0
-    return jaxkd.shift_labels(tokens, is_sampled & ~is_after_end)
+    return jaxkd.shift_labels(tokens, is_sampled & ~is_after_end, IGNORED)
 
 
 def make_sample_batch(student_graphdef, teacher, teacher_head, *, prompt_length, temperature, end_tokens):
