@@ -143,10 +143,10 @@ def parse_on_policy(argv=None):
         soft_weight=1.0,
         hard_weight=0.0,
         student_layers=8,
-        steps=40,
+        steps=32,
         seq_len=96,
         held_out_windows=8,
-        eval_every=20,
+        eval_every=16,
     )
     add("--on-policy", metavar="S", type=share, default=0.5, help="share of batches that the student samples")
     add("--warm-up", metavar="N", type=number(int, at_least=0), help="steps before it samples; default: half of them")
