@@ -38,13 +38,14 @@ from jaxkd.losses import (
     token_log_probs,
     token_statistics,
 )
-from jaxkd.teachers import Mixture, TopKLogProbs, VocabularyMap
+from jaxkd.teachers import Mixture, Routed, TopKLogProbs, VocabularyMap
 
 __all__ = [
     "Divergence",
     "LinearLogits",
     "Logits",
     "Mixture",
+    "Routed",
     "RowDivergence",
     "Sharding",
     "TopKLogProbs",

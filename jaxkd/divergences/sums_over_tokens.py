@@ -31,7 +31,10 @@ def parameter(name: str, value: ArrayLike, low: float, high: float, high_is_in: 
     """``value`` as a Python float where it is known now (and then in range), else as it is."""
     if isinstance(value, jax.core.Tracer):
         return value
-    number = float(value)  # type: ignore[arg-type]
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` is {value!r}; give a number") from None
     if not (low <= number < high or (high_is_in and number == high)):
         raise ValueError(f"`{name}` is {number:g}; give a number in [{low:g}, {high:g}{']' if high_is_in else ')'}")
     return number

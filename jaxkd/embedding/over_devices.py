@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxkd.logits import Logits, logits_dtype
-from jaxkd.loop import Sharding
+from jaxkd.loop import Sharding, weighted
 from jaxkd.loop.collectives import psum
 from jaxkd.loop.flattening import map_over_mesh, on_auto_axes
 from jaxkd.loop.partitioning import Axes, partitioning_of
@@ -36,6 +36,12 @@ class Devices(NamedTuple):
     def total(self, x: jax.Array) -> jax.Array:
         """The sum over devices."""
         return psum(x, self.axes)
+
+    def mean_by(self, weights: jax.Array, normalizer: Any) -> Callable[[jax.Array], jax.Array]:
+        """The weighted mean of one number a row over devices, 0 where the normalizer is; None is the sum of weights."""
+        total = self.total(jnp.sum(weights)) if normalizer is None else jnp.asarray(normalizer, weights.dtype)
+        inverse = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
+        return lambda x: self.total(jnp.sum(weighted(weights, x))) * inverse
 
     def alike(self, x: jax.Array) -> jax.Array:
         """What all devices have computed alike, of a type that says so."""

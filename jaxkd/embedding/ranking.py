@@ -1,5 +1,7 @@
-"""`cosent`: pairs in the order of their labels, by a sort instead of all pairs of pairs."""
+"""`cosent` and `angle`: pairs in the order of their labels, by a sort instead of all pairs of pairs."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,11 +9,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxkd.embedding.embedding_rows import as_embeddings, check_counting, weigh_rows
+from jaxkd.embedding.embedding_rows import as_embeddings, check_counting, scale_of, weigh_rows
 from jaxkd.embedding.over_devices import Devices, over_devices
-from jaxkd.embedding.similarity import cosine_similarity
+from jaxkd.embedding.similarity import angle_similarity, cosine_similarity
 from jaxkd.loop import Metrics, Sharding, metrics_of
-from jaxkd.loop.checks import check_scalar
 
 
 def cosent(
@@ -19,7 +20,8 @@ def cosent(
     second: ArrayLike,
     labels: ArrayLike,
     *,
-    scale: ArrayLike = 20.0,
+    scale: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -33,7 +35,8 @@ def cosent(
     Args:
       first, second: (B, D) floating; row i of one is compared with row i of the other.
       labels: (B,) numbers, of which only the order matters: how similar the two are. A NaN makes the loss NaN.
-      scale: the inverse temperature, above 0; it may be traced, and a gradient reaches it.
+      scale: the inverse temperature, above 0; None is 20. It may be traced, and a gradient reaches it.
+      temperature: the same as ``scale=1 / temperature``.
       weights: (B,) non-negative factors of the rows, or None for 1. There is no normalizer: the loss is no mean.
       sharding: as in `info_nce`; what is gathered is one number a row.
 
@@ -51,8 +54,55 @@ def cosent(
     >>> print(f"{loss:.4f}")
     1.3133
     """
+    return _ranked(cosine_similarity, first, second, labels, scale_of(scale, temperature), weights, sharding)
+
+
+def angle(
+    first: ArrayLike,
+    second: ArrayLike,
+    labels: ArrayLike,
+    *,
+    scale: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    sharding: Sharding | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """AnglE: `cosent` with a similarity of complex vectors, which does not saturate as a cosine does.
+
+    The similarity is ``|Re z + Im z|`` of ``z = sum_d x_d conj(y_d)``, x and y being the embeddings at length 1, the
+    second half of each its imaginary part, as in the authors' code. Their paper adds this loss to `cosent` and
+    `info_nce`.
+
+    Args:
+      first, second, labels, scale, temperature, weights, sharding: as in `cosent`.
+
+    Returns:
+      The loss, and the metrics of `cosent`.
+
+    Raises:
+      TypeError, ValueError: as in `cosent`.
+
+    Sources: Li and Li, "AnglE-optimized Text Embeddings" (arXiv 2309.12871); ``AnglELoss`` of sentence-transformers.
+
+    Similarities |1 + 0| and |0 + 1|, the second being i times the other; equal, in whatever order: log(1 + 1).
+
+    >>> loss, _ = angle(jnp.array([[1.0, 0.0]] * 2), jnp.eye(2), jnp.array([0.2, 0.7]), scale=1.0)
+    >>> print(f"{loss:.4f}")
+    0.6931
+    """
+    return _ranked(angle_similarity, first, second, labels, scale_of(scale, temperature), weights, sharding)
+
+
+def _ranked(
+    similarity: Callable[[jax.Array, jax.Array], jax.Array],
+    first: Any,
+    second: Any,
+    labels: Any,
+    scale: Any,
+    weights: Any,
+    sharding: Sharding | None,
+) -> tuple[jax.Array, Metrics]:
     first, second = as_embeddings(first=first, second=second)
-    check_scalar("scale", scale, above=0)
     kind, shape = jnp.result_type(labels), jnp.shape(labels)
     if not (jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.floating)):
         raise TypeError(f"`labels` is {kind.name}; give numbers, for booleans ``labels.astype(int)``")
@@ -61,13 +111,18 @@ def cosent(
     check_counting(first, weights, None)
 
     rows = {"first": first, "second": second, "labels": labels, "weights": weights}
-    return over_devices(sharding, _cosent, rows, {"scale": scale})
+    return over_devices(sharding, partial(_in_order, similarity), rows, {"scale": scale})
 
 
-def _cosent(devices: Devices, rows: dict[str, Any], shared: dict[str, Any]) -> tuple[jax.Array, Metrics]:
+def _in_order(
+    similarity: Callable[[jax.Array, jax.Array], jax.Array],
+    devices: Devices,
+    rows: dict[str, Any],
+    shared: dict[str, Any],
+) -> tuple[jax.Array, Metrics]:
     row_weights, (first, second) = weigh_rows(rows["weights"], rows["first"], rows["second"])
     labels = jnp.asarray(rows["labels"])
-    scores = jnp.asarray(shared["scale"], row_weights.dtype) * cosine_similarity(first, second)
+    scores = jnp.asarray(shared["scale"], row_weights.dtype) * similarity(first, second)
     scores = jnp.where(jnp.isnan(labels) & (row_weights != 0), jnp.nan, scores)
     labels, scores, row_weights = (devices.gather(x) for x in (labels, scores, row_weights))
     order = jnp.argsort(labels)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkd.embedding.candidates import Guide
 from jaxkd.embedding.similarity import unit, widened
 from jaxkd.loop import Metrics, metrics_of
 from jaxkd.loop.checks import check_integer
@@ -32,8 +33,9 @@ def matryoshka(
         same, without the float32 copies.
 
     Returns:
-      A function with the arguments of ``loss``, of which all floating arrays with two axes or more are embeddings. Its
-      metrics are those of each size with the size in their name, and its loss: ``{"loss_64", "accuracy_64", ...}``.
+      A function with the arguments of ``loss``, of which all floating arrays with two axes or more are embeddings,
+      except for ``teacher_scores`` given by name and for what a `Guide` holds. Its metrics are those of each size with
+      the size in their name, and its loss: ``{"loss_64", "accuracy_64", ...}``.
 
     Raises:
       TypeError, ValueError: sizes or weights that do not fit.
@@ -66,17 +68,22 @@ def matryoshka(
         if x.shape[-1] < dim:
             raise ValueError(
                 f"`dims` has {dim} but embeddings of shape {x.shape} have D={x.shape[-1]}; give sizes up to that, and "
-                "labels of shape (B,): every floating array with two axes or more is taken as embeddings"
+                "labels of shape (B,), and `teacher_scores` by name: every other floating array with two axes or more "
+                "is taken as embeddings"
             )
         return unit(x[..., :dim]) if normalize else x[..., :dim]
 
+    mapped = partial(jax.tree.map, is_leaf=lambda x: isinstance(x, Guide))
+
     def total_loss(*arguments: Any, **options: Any) -> tuple[jax.Array, Metrics]:
+        given = {name: x for name, x in options.items() if name == "teacher_scores"}
+        given_arguments = arguments, {name: x for name, x in options.items() if name not in given}
         if normalize:  # widened before they are cut, so that gradients add up in float32
-            arguments, options = jax.tree.map(lambda x: widened(x) if is_embedding(x) else x, (arguments, options))
+            given_arguments = mapped(lambda x: widened(x) if is_embedding(x) else x, given_arguments)
         losses, metrics = [], Metrics()
         for dim, factor in zip(dims, factors, strict=True):
-            args, kwargs = jax.tree.map(partial(cut, dim=dim), (arguments, options))
-            value, parts = _checked(loss(*args, **kwargs))
+            args, kwargs = mapped(partial(cut, dim=dim), given_arguments)
+            value, parts = _checked(loss(*args, **kwargs, **given))
             losses.append(factor * value)
             metrics |= {f"{name}_{dim}": x for name, x in {"loss": value, **parts}.items()}
         return sum(losses[1:], losses[0]), metrics_of(metrics)

@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkd.embedding.embedding_rows import as_embeddings, check_counting, chunk_size_for, weigh_rows
+from jaxkd.embedding.distances import Distance, euclidean
+from jaxkd.embedding.embedding_rows import (
+    as_embeddings,
+    check_classes,
+    check_counting,
+    chunk_size_for,
+    weigh_rows,
+)
 from jaxkd.embedding.over_devices import Devices, over_devices
-from jaxkd.embedding.similarity import Distance, euclidean
 from jaxkd.logits.array_ops import logits_dtype
-from jaxkd.loop import Metrics, Sharding, metrics_of, weighted
+from jaxkd.loop import Metrics, Sharding, metrics_of
 from jaxkd.loop.checks import check_scalar, check_size
 
 
@@ -55,7 +61,7 @@ def triplet(
     anchors, positives, negatives = as_embeddings(anchors=anchors, positives=positives, negatives=negatives)
     if not callable(distance):
         raise TypeError(f"`distance` is {distance!r}; give jaxkd.embedding.euclidean, cosine or a function")
-    _check_margin(margin)
+    check_margin(margin)
     check_counting(anchors, weights, normalizer)
     rows = {"anchors": anchors, "positives": positives, "negatives": negatives, "weights": weights}
     return over_devices(sharding, partial(_given, distance), rows, {"margin": margin, "normalizer": normalizer})
@@ -111,14 +117,10 @@ def batch_hard_triplet(
     3.5, 2 rows
     """
     (embeddings,) = as_embeddings(embeddings=embeddings)
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != embeddings.shape[:1]:
-        raise ValueError(
-            f"`labels` is {jnp.result_type(labels).name} {jnp.shape(labels)} but `embeddings` has "
-            f"B={embeddings.shape[0]}; give one integer a row"
-        )
+    check_classes(labels, embeddings)
     if not isinstance(distance, Distance):
         raise TypeError(f"`distance` is {distance!r}; give a jaxkd.embedding.Distance such as euclidean or cosine")
-    _check_margin(margin)
+    check_margin(margin)
     check_counting(embeddings, weights, normalizer)
     if chunk_size is not None:
         check_size("chunk_size", chunk_size)
@@ -165,22 +167,22 @@ def _triplet(
     weights: jax.Array,
     normalizer: Any,
 ) -> tuple[jax.Array, Metrics]:
-    total = devices.total(jnp.sum(weights)) if normalizer is None else jnp.asarray(normalizer, weights.dtype)
-
-    def mean(x: jax.Array) -> jax.Array:
-        return jnp.where(total == 0, 0, devices.total(jnp.sum(weighted(weights, x))) / jnp.where(total == 0, 1, total))
-
+    mean = devices.mean_by(weights, normalizer)
     near, far = distance(anchors, positives), distance(anchors, negatives)
-    loss = jax.nn.softplus(near - far) if margin is None else jax.nn.relu(near - far + jnp.asarray(margin, near.dtype))
     metrics = {
         "positive_distance": mean(near),
         "negative_distance": mean(far),
         "accuracy": mean((near < far).astype(near.dtype)),
         "num_rows": devices.total(jnp.sum(weights != 0)),
     }
-    return mean(loss), metrics_of(metrics)
+    return mean(beyond(near - far, margin)), metrics_of(metrics)
 
 
-def _check_margin(margin: Any) -> None:
+def beyond(gap: jax.Array, margin: Any) -> jax.Array:
+    """How much a positive is farther than its negative, a margin added; soft without one."""
+    return jax.nn.softplus(gap) if margin is None else jax.nn.relu(gap + jnp.asarray(margin, gap.dtype))
+
+
+def check_margin(margin: Any) -> None:
     if margin is not None:
         check_scalar("margin", margin)

@@ -65,6 +65,12 @@ REPLACEMENTS: dict[str, Callable[..., jax.Array]] = {
 IDENTITIES = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
 
 
+def kernel_term_and_slope(divergence: Divergence, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`Divergence.term_and_slope` of float32 with the arithmetic of the kernels, outside of them."""
+    parameters = (jnp.asarray(x, jnp.float32) for x in divergence.parameters)
+    return base_2_term_and_slope_of(divergence)(log_p * LOG2E, log_q * LOG2E, *parameters)
+
+
 def with_kernel_math(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with the primitives above replaced, in its derivatives too, and nothing computed twice."""
 

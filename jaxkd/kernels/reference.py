@@ -4,6 +4,7 @@
 compute.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import weigh
+from jaxkd.kernels.kernel_math import kernel_term_and_slope
 from jaxkd.kernels.signature import ChunkRows, HardLosses, LogSumExp, RowOptions, RowResult, RowSums, VocabularyShards
 from jaxkd.logits import Place, placed
 from jaxkd.loop.collectives import psum
 from jaxkd.loop.partitioning import Axes
+from jaxkd.loop.platform import target_platform
 
 
 def row_losses(rows: ChunkRows, options: RowOptions, place: Place | None = None) -> RowResult:
@@ -56,7 +59,13 @@ def row_gradient(
     """`RowResult.gradient` where the sums are known: elementwise, so XLA reads each logit once, on every platform."""
     z, slope = _aligned(rows, options), None
     if rows.divergence is not None:
-        _, slope = rows.divergence.term_and_slope(*_log_probabilities(z, sums))
+        log_p, log_q = _log_probabilities(z, sums)
+        # On a GPU the functions that CUDA's library has would take longer than the memory.
+        has_kernels = target_platform() == "cuda" and log_q.dtype == jnp.float32
+        term_and_slope = (
+            partial(kernel_term_and_slope, rows.divergence) if has_kernels else rows.divergence.term_and_slope
+        )
+        _, slope = term_and_slope(log_p, log_q)
     return _gradient(rows, options, z, sums, slope, place)
 
 

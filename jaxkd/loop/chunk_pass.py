@@ -81,11 +81,11 @@ class ChunkPass:
 
     def __call__(self, state: State, index: Int[Array, " C"], num_counted: Int[Array, ""] | None) -> State:
         student = gather_chunk(self.plan.partitioning, self.student.take(index))
-        loss = gather_chunk(self.plan.partitioning, self.loss.take(index))
         if self.num_pieces > 1:
-            sums, dlogits = self._in_pieces(student, loss, num_counted, state)
+            sums, dlogits = self._in_pieces(student, index, num_counted, state)
             pullback = student.product_pullback
         else:
+            loss = gather_chunk(self.plan.partitioning, self.loss.take(index))
             logits, pullback = student.logits_and_pullback()  # (C, V)
             row_sums, dlogits = loss(logits, self.gradient_dtype, None)  # (C,), (C, V)
             sums = _added(state.sums, row_sums)
@@ -94,15 +94,19 @@ class ChunkPass:
         gradients = self._added_gradients(state.gradients, index, pullback(dlogits, self.wanted))
         return State(sums, gradients, dlogits if self.num_pieces > 1 else None)
 
-    def _in_pieces(self, student: Source, loss: RowLoss, num_counted: Any, state: State) -> tuple[Sums, Any]:
+    def _in_pieces(self, student: Source, index: Int[Array, " C"], num_counted: Any, state: State) -> tuple[Sums, Any]:
         """Sums with those of the chunk, and its ``dlogits``: the logits themselves exist a piece at a time."""
-        size = student.leading_shape[0] // self.num_pieces
+        size, gathered = student.leading_shape[0] // self.num_pieces, None
+        if self.plan.partitioning.gathered:
+            gathered = gather_chunk(self.plan.partitioning, self.loss.take(index))
 
         def piece(i: jax.Array | int, carry: tuple[Sums, Any]) -> tuple[Sums, Any]:
             sums, dlogits = carry
-            index = i * size + jnp.arange(size, dtype=jnp.int32)
+            here = i * size + jnp.arange(size, dtype=jnp.int32)
+            # Not of a chunk's rows that were taken before: a teacher's would be held twice.
+            loss = self.loss.take(index[here]) if gathered is None else gathered.take(here)
             place = None if dlogits is None else Place(dlogits, jnp.asarray(i * size, jnp.int32))
-            row_sums, dlogits = loss.take(index)(student.take(index).logits(), self.gradient_dtype, place)
+            row_sums, dlogits = loss(student.take(here).logits(), self.gradient_dtype, place)
             return _added(sums, row_sums), dlogits
 
         # What a piece without rows that count leaves of an earlier chunk is multiplied by hidden states of 0.

@@ -21,8 +21,8 @@ CPU_PIECE_BYTES = 5 * 2**22  # of the student's logits
 # On a GPU, and on what is not known. Below some 1000 rows of a chunk, and 256 of a piece, products wait for the head to
 # be read.
 CHUNK_BYTES = 5 * 2**28  # of the student's logits, had a chunk them all: 2048 rows of 150k tokens
-PIECE_BYTES = 5 * 2**27  # of the logits of all heads, or up to twice that for PIECE_ROWS
-PIECE_ROWS, LEAST_ROWS = 512, 256
+PIECE_BYTES = 5 * 2**28  # of the logits of all heads
+PIECE_ROWS, LEAST_ROWS = 512, 256  # of a piece: that a few rows may be more than an eighth of, and in any case
 MULTIPLE = 8  # of a piece's rows, where there are several
 ROWS_WITHOUT_PIECES = 1024  # that a chunk has, at least, where all its logits are formed together
 
@@ -100,9 +100,9 @@ def rows_of_piece(batch: Batch, is_cpu: bool) -> int:
     """A power of two: whose logits are formed together, at most."""
     if is_cpu:
         return power_of_two(CPU_PIECE_BYTES // batch.student, *CPU_ROWS)
-    fitting = max(PIECE_BYTES // batch.logits, min(PIECE_ROWS, 2 * PIECE_BYTES // batch.logits))
-    few = min(batch.rows // 4, max(batch.rows // 8, PIECE_ROWS))
-    return power_of_two(min(fitting, few), LEAST_ROWS)
+    has_teacher = batch.logits > batch.student
+    few = min(batch.rows // 4, max(batch.rows // 8, PIECE_ROWS)) if has_teacher else batch.rows // 4
+    return power_of_two(min(PIECE_BYTES // batch.logits, few), LEAST_ROWS)
 
 
 def _most_on_cpu(batch: Batch, piece: int) -> int:

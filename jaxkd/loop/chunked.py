@@ -10,7 +10,7 @@ and `jax.custom_vjp` hands these gradients out in the backward pass: three produ
 the four that recomputing would take. The idea is Liger Kernel's (its pull request 408 and RFC 371).
 
 `map_rows`: one number a row, whose gradient is a number a row and comes only later: the backward pass runs the loop
-again, as a weighted sum with these numbers as weights.
+again, as a weighted sum with these numbers as weights. `read_rows` is its forward pass alone, for more than numbers.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero, custom_vjp_primal_tree_values
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxkd.logits.sources import Gradients, Source
 from jaxkd.loop.chunk_pass import ChunkPass, Plan, set_rows
@@ -42,7 +42,7 @@ from jaxkd.loop.flattening import map_field, map_over_mesh, spec, specs
 from jaxkd.loop.partitioning import ROWS, Partitioning
 from jaxkd.loop.platform import target_platform
 from jaxkd.loop.reverse_once import reverse_once
-from jaxkd.loop.row_loss import Counted, RowLoss, RowValues, Sums
+from jaxkd.loop.row_loss import Counted, RowLoss, RowReadings, RowValues, Sums
 
 # Gradients in the forward pass.
 
@@ -161,12 +161,23 @@ _map_rows.defvjp(_map_rows_forward, _map_rows_backward, symbolic_zeros=True)
 _map_rows_compiled = jax.jit(_map_rows, static_argnums=0)
 
 
-def _values_on_mesh(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
+def read_rows(loss: RowReadings, student: Source, is_counted: Counted, plan: Plan) -> dict[str, Shaped[Array, "N ..."]]:
+    """What ``loss`` gives for each row of the flat source ``student``, and 0 for one that does not count.
+
+    Read as in `sum_rows`. Nothing of it can be differentiated.
+    """
+    return _values_on_mesh_compiled(plan, is_counted, loss, student)
+
+
+def _values_on_mesh(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Shaped[Array, "N ..."]]:
     rows = spec(plan.partitioning, (ROWS,))
     return _on_mesh(plan, partial(_values, plan), dict.fromkeys(loss.names, rows), is_counted, loss, student)
 
 
-def _values(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Float[Array, " N"]]:
+_values_on_mesh_compiled = jax.jit(_values_on_mesh, static_argnums=0)
+
+
+def _values(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Shaped[Array, "N ..."]]:
     partitioning = plan.partitioning
     student = student.prepared()
 
@@ -175,7 +186,8 @@ def _values(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[st
         rows, _ = own_loss(own_student.logits(), None, None)
         return {name: set_rows(values[name], index, own_rows(partitioning, x)) for name, x in rows.items()}
 
-    values = {name: jnp.zeros(student.leading_shape, student.dtype) for name in loss.names}
+    kinds = loss.kinds if isinstance(loss, RowReadings) else dict.fromkeys(loss.names, ((), student.dtype))
+    values = {name: jnp.zeros((*student.leading_shape, *shape), dtype) for name, (shape, dtype) in kinds.items()}
     values = _for_each_chunk(plan.chunks.piece, is_counted, student, partitioning, chunk, values)
     return _differentiable(plan, is_counted, student, values)
 

@@ -117,14 +117,15 @@ def flat_tree(partitioning: Partitioning, tree: Any, leading_shape: tuple[int, .
 
 
 def with_leading_axes(partitioning: Partitioning, x: jax.Array, leading_shape: tuple[int, ...]) -> jax.Array:
-    """Numbers of flat rows (N,), in the shape that the rows came in."""
+    """Of flat rows (N, ...), in the shape that the rows came in."""
+    rest = x.shape[1:]
     if not partitioning.is_mapped:
-        return jnp.reshape(x, leading_shape)
+        return jnp.reshape(x, (*leading_shape, *rest))
     filled = _filled(partitioning, leading_shape)
     axes = _axes_of_rows(partitioning, len(leading_shape))
     own = tuple(n // partitioning.size(a) for n, a in zip(filled, axes, strict=True))
     before, after = P(partitioning.row_axes or None), P(*(a or None for a in axes))
-    x = map_over_mesh(partitioning, lambda x: jnp.reshape(x, own), before, after)(x)
+    x = map_over_mesh(partitioning, lambda x: jnp.reshape(x, (*own, *rest)), before, after)(x)
     return x[tuple(slice(n) for n in leading_shape)] if filled != leading_shape else x
 
 

@@ -41,3 +41,12 @@ class RowValues(RowLoss, Protocol):
 
     def weighted(self, weights: Float[Array, " N"], saved: dict[str, Float[Array, " N"]]) -> RowLoss:
         """For the backward pass: the sum of each row's number times its weight; ``saved`` is what `saving` added."""
+
+
+@runtime_checkable
+class RowReadings(RowLoss, Protocol):
+    """Not a loss but what is read off each row, for `read_rows`: arrays (C, ...) of any type."""
+
+    @property
+    def kinds(self) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
+        """By name, the shape of a row and the type."""

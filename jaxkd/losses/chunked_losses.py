@@ -93,6 +93,35 @@ def chunked_loss(
     >>> print(f"{loss:.4f}, log-normaliser {metrics['log_z']:.4f}, {metrics['num_rows']:.0f} rows")
     1.7024, log-normaliser 2.5514, 2 rows
     """
+    loss, sums = chunked_sums(
+        function,
+        student,
+        labels,
+        per_row=per_row,
+        shared=shared,
+        ignore_index=ignore_index,
+        weights=weights,
+        normalizer=normalizer,
+        chunk_size=chunk_size,
+        sharding=sharding,
+    )
+    return loss, metrics_of(sums)
+
+
+def chunked_sums(
+    function: RowFunction,
+    student: Source,
+    labels: ArrayLike | None = None,
+    *,
+    per_row: Any = (),
+    shared: Any = (),
+    ignore_index: int = -100,
+    weights: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    sharding: Sharding | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """`chunked_loss` with its metrics unrounded, in the type of the loss: for what computes with them."""
     _check_arguments(function, student, labels, per_row, shared, ignore_index, chunk_size, weights, normalizer)
     partitioning = partitioning_of(sharding, student, needs_whole_rows="`function`")
     of_arrays = partial(_loss_of_arrays, function, partitioning, ignore_index, chunk_size)
@@ -196,7 +225,7 @@ def _loss_of_arrays(
     loss, student, chunks = _in_chunks(function, partitioning, chunk_size, student, rows, per_row, shared)
     sums = sum_rows(loss, student, rows.is_counted, rows.normalizer, Plan(chunks, partitioning))
     metrics = {name: sums[name] for name in loss.metrics} | {"num_rows": rows.num_rows}
-    return sums["loss"], metrics_of(metrics)
+    return sums["loss"], jax.lax.stop_gradient(metrics)
 
 
 def _rows_of_arrays(

@@ -66,8 +66,8 @@ def distillation_loss(
     Args:
       student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`; gradients reach all its arrays.
       teacher: the same with leading axes equal to the student's and a width of its own; or `TopKLogProbs`, what is kept
-        of a teacher that is not there; a `Mixture` of several; a `VocabularyMap`, of another tokenizer. No gradient
-        ever reaches it.
+        of a teacher that is not there; a `Mixture` of several; a `Routed`, one of several for each row; a
+        `VocabularyMap`, of another tokenizer. No gradient ever reaches it.
       labels: (...) integers, or None: ``labels[:, t]`` is the token after position t, for which position t's logits
         are. One outside the student's vocabulary other than ``ignore_index`` makes the loss NaN.
       divergence: `forward_kl`, `jensen_shannon(beta)`, `earth_mover`, ... or a `Divergence` or `RowDivergence` of your

@@ -41,8 +41,8 @@ def token_divergences(
     """The soft loss of `distillation_loss` of every row, for weights that come later, such as a policy's advantages.
 
     Differentiable in all arrays of ``student``, each row with a gradient of its own: the backward pass forms the logits
-    again, a chunk at a time (six products with the heads in all, where `distillation_loss` takes four); the
-    log-normalisers and the sum of the slopes of each row are kept. A row that does not count has 0 and no gradient, and
+    again, a chunk at a time (six products with the heads in all, where `distillation_loss` takes four); of each row a
+    few sums are kept at most. A row that does not count has 0 and no gradient, and
     is never looked at.
 
     Args:

@@ -11,7 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import AnyDivergence
 from jaxkd.logits import Source, take_rows
-from jaxkd.loop.checks import check_same_rows, check_source, known_value
+from jaxkd.loop.checks import check_same_rows, known_value
+from jaxkd.teachers.mixed_top_k import MixedTopK
+from jaxkd.teachers.several import check_is_list, check_sources_alike
+from jaxkd.teachers.top_k import TopKLogProbs
 
 
 @jax.tree_util.register_dataclass
@@ -24,9 +27,21 @@ class Mixture:
     temperature * log p as one teacher's logits, so every divergence and implementation takes it, and it is the mixture
     that is cut to a narrower student's vocabulary.
 
+    Of `TopKLogProbs` it is compared by buckets as one of them is: each token that some teacher lists, and the rest.
+    With p_i,v of the tokens that teacher i lists, and r_i what it leaves,
+
+        p_v = sum_i w_i p_i,v over the teachers that list v        p_rest = sum_i w_i r_i        with sum_i w_i = 1:
+
+    what a teacher says of a token that only others list is unknown, and stays in the rest. So p_v is too small by at
+    most sum_i w_i r_i over all tokens together, and exact where the lists are of the same tokens, as with
+    ``TopKLogProbs.of(..., chosen_by=student)``. With ``tail="renormalize"`` each teacher is renormalised over its own
+    list, and r_i is 0. In a row where a teacher has no entries, its weight goes to the others. Where every token of the
+    student is listed there is no rest, and p_v is renormalised.
+
     Args:
-      teachers: `LinearLogits` or `Logits` with the student's rows and one vocabulary; hidden sizes of their own. No
-        gradient ever reaches them.
+      teachers: `LinearLogits` or `Logits` with the student's rows and one vocabulary; hidden sizes of their own. Or
+        `TopKLogProbs` all, of one ``tail``; `TopKLogProbs.of` makes one of another source. No gradient ever reaches
+        them.
       weights: (M,), or (..., M) for each row its own; at least 0, normalised here, and may be traced. None is the mean.
         A teacher of weight 0 in a row adds exactly nothing there, whatever it holds; a row whose weights are all 0 is
         NaN. They are constants: asking for their gradient raises an error.
@@ -44,6 +59,10 @@ class Mixture:
     weights: ArrayLike | None = None
 
     @property
+    def IN_BUCKETS(self) -> bool:
+        return isinstance(self.teachers, list | tuple) and any(isinstance(x, TopKLogProbs) for x in self.teachers)
+
+    @property
     def ROWS(self) -> str:
         return f"teachers[0].{self.teachers[0].ROWS}"
 
@@ -51,26 +70,12 @@ class Mixture:
     def leading_shape(self) -> tuple[int, ...]:
         return self.teachers[0].leading_shape
 
-    @property
-    def vocabulary(self) -> int:
-        return self.teachers[0].vocabulary
-
     def check(self, name: str, student: Source, divergence: AnyDivergence, temperature: Any) -> None:
         """Raises an error for teachers that do not fit one another and weights that do not fit them."""
-        if not isinstance(self.teachers, list | tuple):
-            kind = type(self.teachers).__name__
-            raise TypeError(f"`{name}.teachers` is a {kind}; give a list of LinearLogits or Logits")
-        if not self.teachers:
-            raise ValueError(f"`{name}.teachers` is empty; give one LinearLogits or Logits at least")
-        for i, teacher in enumerate(self.teachers):
-            own = f"{name}.teachers[{i}]"
-            check_source(teacher, f"{own}.")
-            check_same_rows(self.teachers[0], teacher, (f"{name}.{self.ROWS}", f"{own}.{teacher.ROWS}"))
-            if teacher.vocabulary != self.vocabulary:
-                raise ValueError(
-                    f"`{own}` has V={teacher.vocabulary} but `{name}.teachers[0]` has V={self.vocabulary}; give "
-                    "teachers of one tokenizer, with heads cut to one width"
-                )
+        if self.IN_BUCKETS:
+            self._check_top_k(f"{name}.teachers", student, divergence, temperature)
+        else:
+            check_sources_alike(f"{name}.teachers", self.teachers)
         if self.weights is None:
             return
         shape, count = jnp.shape(self.weights), len(self.teachers)
@@ -83,11 +88,28 @@ class Mixture:
         if known is not None and not known.sum():
             raise ValueError(f"`{name}.weights` are all 0; give one teacher some weight")
 
-    def at(self, temperature: Any) -> "MixtureLogits":
+    def _check_top_k(self, name: str, student: Source, divergence: AnyDivergence, temperature: Any) -> None:
+        check_is_list(name, self.teachers)
+        for i, teacher in enumerate(self.teachers):
+            own = f"{name}[{i}]"
+            if not isinstance(teacher, TopKLogProbs):
+                raise TypeError(
+                    f"`{own}` is a {type(teacher).__name__} beside a TopKLogProbs; give one kind of teacher, "
+                    "jaxkd.TopKLogProbs.of(teacher, k) of a source"
+                )
+            teacher.check(own, student, divergence, temperature)
+            check_same_rows(self.teachers[0], teacher, (f"{name}[0].{self.teachers[0].ROWS}", f"{own}.{teacher.ROWS}"))
+            if teacher.tail != self.teachers[0].tail:
+                raise ValueError(
+                    f"`{own}.tail` is {teacher.tail!r} but `{name}[0].tail` is {self.teachers[0].tail!r}; give all one"
+                )
+
+    def at(self, temperature: Any) -> "MixtureLogits | MixedTopK":
         """The mixture at the temperature of a loss."""
         weights = jnp.ones(len(self.teachers)) if self.weights is None else jnp.asarray(self.weights)
         weights = jnp.broadcast_to(weights, (*self.leading_shape, len(self.teachers)))
-        return MixtureLogits(jax.lax.stop_gradient(tuple(self.teachers)), weights, temperature)
+        teachers = jax.lax.stop_gradient(tuple(self.teachers))
+        return MixedTopK(teachers, weights) if self.IN_BUCKETS else MixtureLogits(teachers, weights, temperature)
 
 
 @jax.tree_util.register_dataclass

@@ -10,10 +10,11 @@ from jaxkd.divergences import AnyDivergence, Divergence
 from jaxkd.logits import Source
 from jaxkd.loop.checks import check_source
 from jaxkd.teachers.mixture import Mixture
+from jaxkd.teachers.routed import Routed
 from jaxkd.teachers.top_k import TopKLogProbs
 from jaxkd.teachers.vocabulary_map import VocabularyMap
 
-Teacher: TypeAlias = Source | Mixture | TopKLogProbs | VocabularyMap
+Teacher: TypeAlias = Source | Mixture | Routed | TopKLogProbs | VocabularyMap
 
 
 @runtime_checkable

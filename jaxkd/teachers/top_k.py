@@ -6,15 +6,17 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkd.divergences import AnyDivergence, forward_kl
 from jaxkd.kernels import Buckets, Partition, partition_by, token_ids
 from jaxkd.logits import Source, logits_dtype, take_rows
+from jaxkd.loop import Sharding
 from jaxkd.loop.checks import check_floating, check_scalar, check_token_ids, known_value
+from jaxkd.teachers.tokens_of_source import PADDING, tokens_of_source
 
 TAILS = ("bucket", "renormalize", "zero")
-PADDING = -1
 # Log-probabilities in bfloat16 sum to 1 within 2 percent.
 MOST_ABOVE_ONE = 0.05
 
@@ -26,7 +28,7 @@ class TopKLogProbs:
 
     An entry with token id -1 or log-probability -inf is padding, so that K may differ from row to row. Zeros are none:
     they say that token 0 is certain. Of entries with the same token the first counts. A row without entries has loss 0.
-    Nothing of size (N, V) is formed.
+    Nothing of size (N, V) is formed. `TopKLogProbs.of` makes one of a teacher that is there.
 
     Args:
       log_probs: (..., K) floating, of a softmax over the whole vocabulary.
@@ -70,6 +72,54 @@ class TopKLogProbs:
     temperature: float = field(default=1.0, kw_only=True, metadata={"static": True})
     tail: str = field(default="bucket", kw_only=True, metadata={"static": True})
 
+    @classmethod
+    def of(
+        cls,
+        teacher: Source,
+        k: int,
+        *,
+        chosen_by: Source | None = None,
+        temperature: float = 1.0,
+        tail: str = "bucket",
+        mask: ArrayLike | None = None,
+        chunk_size: int | None = None,
+        sharding: Sharding | None = None,
+    ) -> "TopKLogProbs":
+        """The k likeliest tokens of each row of a source, without its (N, V) logits: to be kept, or for a `Mixture`.
+
+        Args:
+          teacher: `LinearLogits` or `Logits`. No gradient ever reaches it.
+          k: how many tokens a row, from the likeliest on; of equally likely ones those with the smaller ids come first.
+          chosen_by: a source of the same rows and vocabulary, such as the student: the tokens are its k likeliest, with
+            the teacher's log-probabilities. None lets the teacher choose.
+          temperature: of the log-probabilities, a Python number; give the loss the same one.
+          tail: of the result.
+          mask: (...) booleans or None: a row where it is False is never read, and has no entries.
+          chunk_size: rows whose logits exist at a time, at most; None chooses by the width of the vocabulary.
+          sharding: as in `distillation_loss`. Of a vocabulary that is split each device names its own k likeliest
+            tokens, and these alone are gathered.
+
+        Returns:
+          Log-probabilities (..., k) in float32 (float64 for float64) and token ids in int32.
+
+        Raises:
+          TypeError, ValueError: shapes, types or values that do not fit, named, before any work.
+
+        >>> from jaxkd import Logits
+        >>> teacher = Logits(jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4]])))
+        >>> student = Logits(jnp.array([[5.0, 4.0, 3.0, 2.0]]))
+        >>> for top in (TopKLogProbs.of(teacher, 2), TopKLogProbs.of(teacher, 2, chosen_by=student)):
+        ...     print(top.token_ids, (100 * jnp.exp(top.log_probs)).round())
+        [[3 2]] [[40. 30.]]
+        [[0 1]] [[10. 20.]]
+        """
+        _check_temperature("temperature", temperature)
+        _check_tail("tail", tail)
+        arrays = tokens_of_source(
+            teacher, k, chosen_by, temperature=temperature, mask=mask, chunk_size=chunk_size, sharding=sharding
+        )
+        return cls(*arrays, temperature=temperature, tail=tail)
+
     @property
     def leading_shape(self) -> tuple[int, ...]:
         return self.log_probs.shape[:-1]
@@ -104,16 +154,13 @@ class TopKLogProbs:
                 f"`{name}` has rows that list token 0 with log-probability 0, that is as certain, beside other tokens; "
                 "pad with token id -1 or log-probability -inf"
             )
-        if self.tail not in TAILS:
-            raise ValueError(f"`{name}.tail` is {self.tail!r}; give one of {TAILS}")
+        _check_tail(f"{name}.tail", self.tail)
         if self.tail == "zero" and getattr(divergence, "term", None) is not forward_kl.term:
             raise ValueError(
                 f'`{name}.tail="zero"` is for `forward_kl`: other divergences, summed over the listed tokens, can be '
                 'negative and fall when the student leaves these tokens; give "bucket" or "renormalize"'
             )
-        if not isinstance(self.temperature, (int, float)):
-            raise TypeError(f"`{name}.temperature` is {self.temperature!r}; give a Python number")
-        check_scalar(f"{name}.temperature", self.temperature, above=0)
+        _check_temperature(f"{name}.temperature", self.temperature)
         of_loss = known_value(temperature)
         is_other = of_loss is not None and not _is_one(self.temperature / of_loss)
         if is_other and self.tail != "renormalize" and shape[-1] < width:
@@ -155,7 +202,7 @@ class TopKLogProbs:
         return self
 
     def partition(self, width: int) -> Partition:
-        return jax.vmap(lambda ids, is_listed: partition_by(ids, is_listed, width))(self.token_ids, self._is_listed)
+        return jax.vmap(lambda ids, is_listed: partition_by(ids, is_listed, width))(self.token_ids, self.is_listed)
 
     def bucket_log_probs(
         self, partition: Partition, student: Buckets, temperature: jax.Array
@@ -179,12 +226,24 @@ class TopKLogProbs:
                 rest = jnp.where(has_rest, jnp.log(jnp.maximum(missing, jnp.finfo(dtype).eps)), rest)
         log_p = jnp.where(partition.is_used, log_p - jnp.where(is_whole, log_sum, 0)[:, None], -jnp.inf)
 
-        outside = self._is_listed & ((self.token_ids < 0) | (self.token_ids >= width))
+        outside = self.is_listed & ((self.token_ids < 0) | (self.token_ids >= width))
         return jnp.concatenate([log_p, rest[:, None]], axis=1), is_sound & ~jnp.any(outside, axis=1)
 
     @property
-    def _is_listed(self) -> jax.Array:
+    def is_listed(self) -> jax.Array:
+        """(..., K): which entries are not padding."""
         return (self.token_ids != PADDING) & (self.log_probs != -jnp.inf)
+
+
+def _check_tail(name: str, tail: Any) -> None:
+    if tail not in TAILS:
+        raise ValueError(f"`{name}` is {tail!r}; give one of {TAILS}")
+
+
+def _check_temperature(name: str, temperature: Any) -> None:
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"`{name}` is {temperature!r}; give a Python number")
+    check_scalar(name, temperature, above=0)
 
 
 def _is_one(ratio: Any) -> Any:

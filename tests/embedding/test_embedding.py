@@ -53,7 +53,17 @@ def test_bfloat16(name):
 
 
 @pytest.mark.parametrize("chunk_size", [1, B - 1, 1000])
-@pytest.mark.parametrize("name", ["info_nce, hard negatives", "batch_hard_triplet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "info_nce, hard negatives",
+        "info_nce, guide",
+        "nt_xent",
+        "batch_hard_triplet",
+        "batch_semi_hard_triplet",
+        "batch_all_triplet",
+    ],
+)
 def test_any_chunk_gives_the_same(name, chunk_size):
     case = CASES[name]
     case = Case(case.name, case.arrays, *case.labels, **case.options | {"chunk_size": chunk_size})
@@ -63,7 +73,10 @@ def test_any_chunk_gives_the_same(name, chunk_size):
     check(result, case.truth([x.astype(np.float64) for x in inputs]), exact, 5e-6, 1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "cosent"])
+PER_ROW = ("info_nce", "triplet", "margin_mse", "score_distillation")  # others have pairs, or rows without partners
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name not in ("cosent", "angle")])
 def test_normalizer(name):
     case = CASES[name]
     inputs = case.inputs(np.float32)
@@ -71,9 +84,10 @@ def test_normalizer(name):
     doubled = jax.jit(partial(case.loss, inputs, weights=WEIGHTS), compiler_options=QUICK)
     doubled_loss, doubled_metrics = doubled(normalizer=2 * metrics["num_rows"])
     ratio = WEIGHTS.sum() / (2 * (WEIGHTS != 0).sum())
-    if name != "batch_hard_triplet":  # there rows without partners do not count either
+    if name in PER_ROW:
         assert float(doubled_loss) == pytest.approx(ratio * float(loss), rel=1e-6)
-        assert float(doubled_metrics["accuracy"]) == pytest.approx(ratio * float(metrics["accuracy"]), rel=1e-6)
+        for mean in {"accuracy", "margin", "positive_distance"} & set(metrics):
+            assert float(doubled_metrics[mean]) == pytest.approx(ratio * float(metrics[mean]), rel=1e-6)
     truth = case.truth(case.inputs(), weights=WEIGHTS, normalizer=2 * float(metrics["num_rows"]))
     assert float(doubled_loss) == pytest.approx(truth, rel=1e-5)
 
@@ -86,13 +100,23 @@ def test_metrics_carry_no_gradient(name):
     assert not any(np.asarray(g).any() for g in gradients)
 
 
-@pytest.mark.parametrize("name", ["info_nce", "cosent"])
+@pytest.mark.parametrize("name", ["info_nce", "info_nce, all directions", "cosent", "angle"])
 def test_scale_can_be_learned(name, x64):
     case = CASES[name]
     inputs = case.inputs()
     slope = jax.jit(jax.grad(lambda scale: case.loss(inputs, scale=scale)[0]), compiler_options=QUICK)(9.0)
     quotient = (case.truth(inputs, scale=9 + 1e-5) - case.truth(inputs, scale=9 - 1e-5)) / 2e-5
     assert float(slope) == pytest.approx(quotient, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "angle", "nt_xent"])
+def test_temperature_can_be_learned(name, x64):
+    case = CASES[name]
+    inputs = case.inputs()
+    slope = jax.jit(jax.grad(lambda t: case.loss(inputs, temperature=t)[0]), compiler_options=QUICK)(0.3)
+    word, of = ("temperature", lambda t: t) if name == "nt_xent" else ("scale", lambda t: 1 / t)
+    above, below = (case.truth(inputs, **{word: of(0.3 + step)}) for step in (1e-6, -1e-6))
+    assert float(slope) == pytest.approx((above - below) / 2e-6, rel=1e-6)
 
 
 def test_weights_of_cosent_have_gradients(x64):

@@ -26,6 +26,9 @@ def arrays(num_rows=B):
         "positives": normal(D),
         "negatives": normal(K, D),
         "classes": jnp.asarray(rng.integers(0, 5, num_rows)),
+        "documents": jnp.asarray(rng.integers(0, 30, (num_rows, 1 + K))),
+        "mask": jnp.asarray(rng.random((num_rows, num_rows * (1 + K))) > 0.2),
+        "scores": normal(1 + K),
         "degrees": jnp.asarray(rng.integers(0, 4, num_rows), jnp.float32),
         "weights": jnp.asarray(rng.uniform(0.5, 2, num_rows) * (rng.random(num_rows) > 0.3), jnp.float32),
     }
@@ -53,7 +56,65 @@ def nested(x, weights, **options):
     return embedding.matryoshka(embedding.info_nce, (D, 5))(x["anchors"], x["positives"], weights=weights, **options)
 
 
-LOSSES = {"info_nce": contrast, "cosent": rank, "triplet": given, "batch_hard_triplet": search, "matryoshka": nested}
+def guided(x, weights, **options):
+    guide = embedding.Guide(x["positives"], x["anchors"], x["negatives"][..., ::-1], margin=0.1)
+    return embedding.info_nce(
+        x["anchors"],
+        x["positives"],
+        x["negatives"],
+        directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+        negative_mask=x["negatives"][..., 0] < 1,
+        candidate_mask=x["mask"],
+        document_ids=x["documents"],
+        guide=guide,
+        weights=weights,
+        scale=x["scale"],
+        **options,
+    )
+
+
+def classes(x, weights, **options):
+    return embedding.nt_xent(x["anchors"], x["classes"], weights=weights, temperature=1 / x["scale"], **options)
+
+
+def semi_hard(x, weights, **options):
+    return embedding.batch_semi_hard_triplet(x["anchors"], x["classes"], weights=weights, **options)
+
+
+def of_all(x, weights, **options):
+    return embedding.batch_all_triplet(
+        x["anchors"], x["classes"], weights=weights, distance=embedding.cosine, **options
+    )
+
+
+def angles(x, weights, **options):
+    return embedding.angle(x["anchors"], x["positives"], x["degrees"], weights=weights, scale=x["scale"], **options)
+
+
+def margins(x, weights, **options):
+    return embedding.margin_mse(x["anchors"], x["positives"], x["negatives"], x["scores"], weights=weights, **options)
+
+
+def scores(x, weights, **options):
+    return embedding.score_distillation(
+        x["anchors"], x["positives"], x["negatives"], x["scores"], weights=weights, **options
+    )
+
+
+LOSSES = {
+    "info_nce": contrast,
+    "cosent": rank,
+    "triplet": given,
+    "batch_hard_triplet": search,
+    "matryoshka": nested,
+    "info_nce, guide": guided,
+    "nt_xent": classes,
+    "batch_semi_hard_triplet": semi_hard,
+    "batch_all_triplet": of_all,
+    "angle": angles,
+    "margin_mse": margins,
+    "score_distillation": scores,
+}
 DIFFERENTIATED = ("anchors", "positives", "scale")
 
 
@@ -101,7 +162,7 @@ def test_layouts(name, kind):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(float(jnp.max(jnp.abs(b))), 1e-3))
 
 
-@pytest.mark.parametrize("name", ["info_nce", "batch_hard_triplet"])
+@pytest.mark.parametrize("name", ["info_nce", "batch_hard_triplet", "info_nce, guide", "batch_all_triplet"])
 def test_rows_that_do_not_divide(name):
     """They are filled up, without weights too."""
     x = arrays(21) | {"scale": jnp.asarray(3.0)}
@@ -113,7 +174,7 @@ def test_rows_that_do_not_divide(name):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", ["info_nce", "batch_hard_triplet"])
+@pytest.mark.parametrize("name", ["info_nce", "batch_hard_triplet", "batch_semi_hard_triplet"])
 def test_similarities_do_not_move(name):
     """A device has an eighth of the work; what crosses devices is as large as the embeddings, not their products."""
     num_rows, loss, mesh = 512, LOSSES[name], mesh_of(AxisType.Auto)

@@ -13,14 +13,25 @@ from jaxkd import embedding
 B, D, CHUNK = 97, 8, 16  # a batch that is nobody else's size
 ROWS = np.random.default_rng(0).normal(size=(3, B, D)).astype(np.float32)
 LABELS = np.arange(B) % 7
+EVERY = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 LOSSES = {
     "info_nce": lambda x: embedding.info_nce(x[0], x[1]),
     "info_nce, symmetric, hard negatives": lambda x: embedding.info_nce(*x, symmetric=True, chunk_size=CHUNK),
     "info_nce, weights": lambda x: embedding.info_nce(x[0], x[1], weights=jnp.ones(B), chunk_size=CHUNK),
+    "info_nce, all directions": lambda x: embedding.info_nce(
+        *x, directions=EVERY, document_ids=jnp.arange(2 * B).reshape(B, 2), guide=embedding.Guide(*x)
+    ),
+    "nt_xent": lambda x: embedding.nt_xent(x[0], LABELS),
+    "angle": lambda x: embedding.angle(x[0], x[1], LABELS),
     "cosent": lambda x: embedding.cosent(x[0], x[1], LABELS),
     "triplet": lambda x: embedding.triplet(*x),
     "batch_hard_triplet": lambda x: embedding.batch_hard_triplet(x[0], LABELS),
     "batch_hard_triplet, cosine": lambda x: embedding.batch_hard_triplet(x[0], LABELS, distance=embedding.cosine),
+    "batch_semi_hard_triplet": lambda x: embedding.batch_semi_hard_triplet(x[0], LABELS),
+    "batch_all_triplet": lambda x: embedding.batch_all_triplet(x[0], LABELS),
+    "batch_all_triplet, cosine": lambda x: embedding.batch_all_triplet(x[0], LABELS, distance=embedding.cosine),
+    "margin_mse": lambda x: embedding.margin_mse(*x, jnp.ones((B, 2))),
+    "score_distillation": lambda x: embedding.score_distillation(*x, jnp.ones((B, 2))),
     "matryoshka": lambda x: embedding.matryoshka(embedding.info_nce, (D, 3))(x[0], x[1]),
 }
 
@@ -76,15 +87,30 @@ def dense_batch_hard(x, y):
     return jnp.mean(jax.nn.relu(jnp.where(same, squares, 0).max(1) - jnp.where(same, jnp.inf, squares).min(1) + 5))
 
 
+def classes(x):
+    return jnp.arange(len(x)) // 2
+
+
 @pytest.mark.parametrize(
     ("loss", "dense"),
     [
         (embedding.info_nce, dense_info_nce),
         (partial(embedding.info_nce, symmetric=True), dense_info_nce),
+        (lambda x, y: embedding.info_nce(x, y, directions=EVERY, guide=embedding.Guide(y, x)), dense_info_nce),
         (lambda x, y: embedding.cosent(x, y, jnp.arange(len(x))), dense_cosent),
-        (lambda x, y: embedding.batch_hard_triplet(x, jnp.arange(len(x)) // 2), dense_batch_hard),
+        (lambda x, y: embedding.batch_hard_triplet(x, classes(x)), dense_batch_hard),
+        (lambda x, y: embedding.batch_semi_hard_triplet(x, classes(x)), dense_batch_hard),
+        (lambda x, y: embedding.batch_all_triplet(x, classes(x)), dense_batch_hard),
     ],
-    ids=["info_nce", "info_nce, symmetric", "cosent", "batch_hard_triplet"],
+    ids=[
+        "info_nce",
+        "info_nce, symmetric",
+        "info_nce, all directions and a guide",
+        "cosent",
+        "batch_hard_triplet",
+        "batch_semi_hard_triplet",
+        "batch_all_triplet",
+    ],
 )
 def test_compiled_memory(loss, dense):
     """At B = 8192 the similarities take 256 MiB; a default chunk and its gradient take a quarter of that."""

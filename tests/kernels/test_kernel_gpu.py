@@ -58,6 +58,8 @@ def compare(student, teacher, name, implementation, labels=None, *, gradient, **
     truth = cases.distillation(cases.twin(student), cases.twin(teacher), labels, divergence=name, **options)
     cases.check(kernel, truth, loss=3e-4, gradient=gradient)
     xla = run(student, teacher, name, "xla", labels, **options)
+    if cases.DIVERGENCES[name].make().outer is not None:
+        kernel, xla = kernel[1], xla[1]  # a logarithm of next to 1: the values were held to the truth above
     for a, b in zip(jax.tree.leaves(kernel), jax.tree.leaves(xla), strict=True):
         assert cases.relative_error(a, b) <= 2 * gradient
 
@@ -203,9 +205,9 @@ def test_bitwise_repeatable(width, kernel):
         assert differs(again_gradient, gradient) == 0
 
 
-def lowered(student, teacher):
+def lowered(student, teacher, **options):
     def loss(student):
-        return jaxkd.distillation_loss(student, teacher)[0]
+        return jaxkd.distillation_loss(student, teacher, **options)[0]
 
     return jax.jit(jax.grad(loss)).lower(student).as_text()
 
@@ -216,7 +218,15 @@ def test_mosaic_is_the_default_where_it_can_run():
 
 
 def test_triton_is_the_default_elsewhere():
-    assert "triton" in lowered(*heads(50257, jnp.bfloat16))
+    assert "triton" in lowered(*heads(64, jnp.bfloat16))
+    assert "triton" in lowered(*heads(32000, jnp.bfloat16, teacher_width=31999), vocabulary="truncate")
+
+
+def test_a_vocabulary_that_cannot_be_copied_is_filled_up():
+    needs_hopper()
+    student, teacher = heads(50257, jnp.bfloat16)
+    assert "mosaic" in lowered(student, teacher)
+    assert "triton" in lowered(student, jaxkd.Logits(teacher.logits()))
 
 
 def test_the_default_follows_the_device():
@@ -228,9 +238,7 @@ def test_the_default_follows_the_device():
     assert "triton" not in text
 
 
-@pytest.mark.parametrize(
-    ("widths", "reason"), [((32000, 32032), "32000.*32032"), ((50257, 50257), "50257"), ((64, 64), "64")]
-)
+@pytest.mark.parametrize(("widths", "reason"), [((32000, 32032), "32000.*32032"), ((64, 64), "64")])
 def test_mosaic_says_why_it_cannot(widths, reason):
     needs_hopper()
     student, teacher = heads(widths[0], jnp.float32, teacher_width=widths[1])

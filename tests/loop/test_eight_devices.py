@@ -138,14 +138,16 @@ def test_divergences(divergence):
 
 def teachers(teacher):
     log_p = jax.nn.log_softmax(teacher.logits())
+    tops = [jaxkd.TopKLogProbs(*jax.lax.top_k(log_p, k)) for k in (7, 4)]
     return {
-        "top_k": jaxkd.TopKLogProbs(*jax.lax.top_k(log_p, 7)),
+        "top_k": tops[0],
+        "mixture_of_top_k": jaxkd.Mixture(tops, jnp.linspace(0.1, 0.9, 26).reshape(13, 2)),
         "mixture": jaxkd.Mixture((teacher, jaxkd.Logits(log_p[:, ::-1])), jnp.array([0.3, 0.7])),
         "map": jaxkd.VocabularyMap(teacher, jnp.arange(50), jnp.arange(50)[::-1]),
     }
 
 
-@pytest.mark.parametrize("name", ["top_k", "mixture", "map"])
+@pytest.mark.parametrize("name", ["top_k", "mixture_of_top_k", "mixture", "map"])
 def test_rows_of_every_teacher(name):
     sharding = jaxkd.Sharding("x", mesh=mesh_of((8,), ("x",)))
     student, teacher, labels, weights = data(13, 101)

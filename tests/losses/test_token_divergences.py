@@ -48,7 +48,14 @@ def models(dtype=jnp.float32):
     return STUDENT.astype(dtype), TEACHER.astype(dtype)
 
 
-@pytest.mark.parametrize("name", cases.ONE_OF_EACH)
+def slow(names, *of):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in of else name for name in names]
+
+
+LIKE_OTHERS = ("symmetric_kl", "skew_kl", "total_variation", "alpha_divergence", "overlap_nll", "alpha_beta")
+
+
+@pytest.mark.parametrize("name", slow(cases.ONE_OF_EACH, *LIKE_OTHERS))
 def test_against_the_truth(name):
     compare(*models(), name, labels=LABELS, mask=MASK, temperature=1.5)
 
@@ -108,7 +115,7 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", slow(TEACHERS, "Logits", "narrower", "wider", "earth_mover"))
 def test_rows_are_those_of_the_distillation_loss(name):
     """Each alone; and the gradient of their weighted sum is that of the loss with these weights."""
     teacher, divergence, options = TEACHERS[name](TEACHER.astype(jnp.float32))

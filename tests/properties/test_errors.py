@@ -243,7 +243,7 @@ def test_parameters_of_divergences(family, name, value):
 
 @pytest.mark.parametrize("family", [jaxkd.jensen_shannon, jaxkd.symmetric_kl, jaxkd.skew_kl, jaxkd.alpha_divergence])
 def test_parameters_are_numbers(family):
-    with pytest.raises(TypeError, match="half"):
+    with pytest.raises(TypeError, match=r"`\w+` is 'half'; give a number"):
         family("half")
 
 
@@ -252,6 +252,27 @@ def test_triton_without_a_gpu_says_why():
         pytest.skip("there is a GPU")
     with expect(ValueError, ["implementation", "triton", "GPU", "cpu", "xla"]):
         jaxkd.fused_linear_jsd(**GOOD, implementation="triton")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda **x: jaxkd.cross_entropy(STUDENT, GOOD["labels"], **x),
+        lambda **x: jaxkd.token_log_probs(STUDENT, GOOD["labels"], **x),
+        lambda **x: jaxkd.sequence_log_probs(STUDENT, GOOD["labels"], **x),
+        lambda **x: jaxkd.token_entropies(STUDENT, **x),
+        lambda **x: jaxkd.token_divergences(STUDENT, TEACHER, **x),
+        lambda **x: jaxkd.token_statistics(STUDENT, None, TEACHER, **x),
+    ],
+)
+@pytest.mark.parametrize("name", ["triton", "mosaic"])
+def test_a_kernel_without_a_gpu_says_why(name, call):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    with expect(ValueError, ["implementation", name, "xla"]):
+        call(implementation=name)
+    with expect(ValueError, ["`implementation`", "cuda", "triton"]):
+        call(implementation="cuda")
 
 
 def test_positional_options_are_refused():

@@ -58,6 +58,15 @@ def mixed(x):
     return jaxkd.Mixture([teacher_of(x), teacher_of(x)])
 
 
+def mixed_top_k(x):
+    return jaxkd.Mixture([top_k(x), jaxkd.TopKLogProbs(x["top"], x["ids"][:, ::-1])])
+
+
+def routed(x):
+    index = jnp.where(x["labels"] == -100, -1, x["labels"] % 2)
+    return jaxkd.Routed([teacher_of(x), teacher_of(x)], index)
+
+
 def shared(x):
     return jaxkd.VocabularyMap(teacher_of(x), jnp.arange(5), jnp.arange(5))
 
@@ -120,6 +129,8 @@ LOSSES = {
     "earth_mover": partial(distillation, divergence=jaxkd.earth_mover),
     "top_k": partial(distillation, teacher=top_k),
     "mixture": partial(distillation, teacher=mixed),
+    "mixture_of_top_k": partial(distillation, teacher=mixed_top_k),
+    "routed": partial(distillation, teacher=routed),
     "vocabulary_map": partial(distillation, teacher=shared),
     "cross_entropy": cross_entropy,
     "log_probs": log_probs,

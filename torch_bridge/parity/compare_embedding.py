@@ -42,6 +42,13 @@ def _comparisons(dtype: torch.dtype, device: str) -> list[Comparison]:
     grades = (torch.randint(6, (ROWS,), generator=generator) / 5).to(device)
     weights = torch.randint(3, (ROWS,), generator=generator).to(device, torch.float32)  # a third does not count
 
+    documents = torch.randint(60, (ROWS, 2), generator=generator).to(device)
+    there = (torch.rand(ROWS, 1, generator=generator) < 0.7).to(device)
+    allowed = (torch.rand(ROWS, 2 * ROWS, generator=generator) < 0.8).to(device)
+    guide = [normal(ROWS, 12).to(device) + 0.5 for _ in range(3)]
+    every = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+    scores = (3 * normal(ROWS, 2)).to(device)
+
     def case(loss: str, setting: str, inputs: Tensors, **options: Any) -> Comparison:
         def of_jax(arrays: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
             return _evaluate(embedding, loss, arrays, {name: _as_jax(x) for name, x in options.items()})
@@ -55,12 +62,24 @@ def _comparisons(dtype: torch.dtype, device: str) -> list[Comparison]:
         case("info_nce", "pairs", pairs),
         case("info_nce", "hard negatives, weights", triplets, weights=weights, chunk_size=CHUNK),
         case("info_nce", "symmetric, learned scale", pairs | learned, symmetric=True, chunk_size=CHUNK),
+        case("info_nce", "all directions", triplets, directions=every, chunk_size=CHUNK),
+        case("info_nce", "masks, ids", triplets, negative_mask=there, candidate_mask=allowed, document_ids=documents),
+        case("info_nce", "guide", triplets | learned, directions=every[:2], guide=guide, chunk_size=CHUNK),
+        case("nt_xent", "classes", rows, labels=classes, chunk_size=CHUNK),
+        case("nt_xent", "temperature 0.5, weights", rows, labels=classes, temperature=0.5, weights=weights),
+        case("angle", "grades with ties, scale 2", graded, labels=grades, scale=2.0),
         case("cosent", "grades with ties", graded, labels=grades),
         case("cosent", "weights, learned scale", graded | learned, labels=grades, weights=weights),
         case("triplet", "Euclidean, margin 5", triplets),
         case("triplet", "cosine, weights", triplets, distance="cosine", margin=0.5, weights=weights),
         case("batch_hard_triplet", "Euclidean, margin 5", rows, labels=classes, chunk_size=CHUNK),
         case("batch_hard_triplet", "cosine, soft margin", rows, labels=classes, distance="cosine", margin=None),
+        case("batch_semi_hard_triplet", "Euclidean, margin 5", rows, labels=classes, chunk_size=CHUNK),
+        case("batch_semi_hard_triplet", "cosine, weights", rows, labels=classes, distance="cosine", weights=weights),
+        case("batch_all_triplet", "Euclidean, margin 5", rows, labels=classes, chunk_size=CHUNK),
+        case("batch_all_triplet", "cosine, weights", rows, labels=classes, distance="cosine", weights=weights),
+        case("margin_mse", "ragged, weights", triplets, teacher_scores=scores, negative_mask=there, weights=weights),
+        case("score_distillation", "temperature 4", triplets, teacher_scores=scores, temperature=4.0),
         case("matryoshka(info_nce)", "48, 8", pairs, chunk_size=CHUNK),
         case("matryoshka(cosent)", "48, 8", graded, labels=grades),
         case("matryoshka(triplet)", "48, 8", triplets, margin=1.0),
@@ -75,8 +94,10 @@ def _evaluate(library: ModuleType, loss: str, inputs: dict[str, Any], options: d
         function = library.matryoshka(function, SIZES, FACTORS)
     if "distance" in options:
         options = options | {"distance": getattr(library, options["distance"])}
+    if "guide" in options:
+        options = options | {"guide": library.Guide(*options["guide"], margin=0.05)}
     return function(**inputs, **options)
 
 
 def _as_jax(x: Any) -> Any:
-    return jnp.asarray(x.cpu().numpy()) if isinstance(x, torch.Tensor) else x
+    return jax.tree.map(lambda x: jnp.asarray(x.cpu().numpy()) if isinstance(x, torch.Tensor) else x, x)

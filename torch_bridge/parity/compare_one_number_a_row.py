@@ -92,7 +92,7 @@ Values = Callable[..., Any]  # of a library, a student and what else is given, t
 def _of_tokens(dtype: str, device: str, implementation: str | None) -> list[Comparison]:
     """Of a head with bias, scale and softcap; the first sequence has no row that counts."""
     cases = []
-    for shape in (RAGGED, ALIGNED):
+    for shape, of_labels, of_entropies in ((RAGGED, 1.0, 2.0), (ALIGNED, 0.7, 1.0)):
         batch = make_batch(Case("", shape, dtype, mask=NAN_STATES, head="bias+softcap"), device)
         assert batch.labels is not None
         labels = batch.labels.view(B, T)
@@ -100,10 +100,11 @@ def _of_tokens(dtype: str, device: str, implementation: str | None) -> list[Comp
         given = {"labels": labels, "mask": labels != -100}
         case = partial(_case, batch, given, implementation)
         cases += [
-            case("token_log_probs", f"V {shape.vocabulary}", _log_probs),
-            case("token_log_probs", f"V {shape.vocabulary}, tau 0.7", partial(_log_probs, temperature=0.7)),
-            case("token_entropies", f"V {shape.vocabulary}", _entropies),
-            case("token_entropies", f"V {shape.vocabulary}, tau 2", partial(_entropies, temperature=2.0)),
+            case(name, f"V {shape.vocabulary}, tau {temperature:g}", partial(values, temperature=temperature))
+            for name, values, temperature in (
+                ("token_log_probs", _log_probs, of_labels),
+                ("token_entropies", _entropies, of_entropies),
+            )
         ]
     return [
         *cases,
@@ -143,7 +144,7 @@ def _divergences(dtype: str, device: str, implementation: str | None) -> list[Co
         case("forward_kl", "mask", RAGGED, "none"),
         case("reverse_kl", "NaN states, tau 2", ALIGNED, NAN_STATES, temperature=2.0),
         case("jensen_shannon(0.5)", "mask and ignored", ALIGNED, "ignored"),
-        case("jensen_shannon(0.1)", "tau 0.7", RAGGED, "none", temperature=0.7),
+        case("jensen_shannon(0.1)", "tau 2", RAGGED, "none", temperature=2.0),
         case("hellinger", "mask and ignored", ALIGNED, "ignored"),
         case("alpha_divergence(0.3)", "narrower teacher", NARROWER, NAN_STATES, vocabulary="truncate"),
     ]

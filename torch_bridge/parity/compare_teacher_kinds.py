@@ -55,8 +55,13 @@ def _comparisons(dtype: str, device: str) -> list[Comparison]:
         case("TopKLogProbs", "bucket, NaN states", _top_k("bucket"), "poisoned", "reverse_kl"),
         case("TopKLogProbs", "renormalize, captured at 1", _top_k("renormalize", 1.0), "weighted", "skew_kl(0.1)"),
         case("TopKLogProbs", "zero, NaN states", _top_k("zero"), "poisoned", "forward_kl"),
+        case("TopKLogProbs.of", "chosen by another, weights", _top_k_of, "weighted", jsd),
         case("Mixture", "weights", _mixture("shares"), "weighted", jsd),
         case("Mixture", "by row, NaN states", _mixture("shares_by_row"), "poisoned", "reverse_kl"),
+        case("Mixture of TopKLogProbs", "NaN states", _mixture_of_lists("bucket"), "poisoned", jsd),
+        case("Mixture of TopKLogProbs", "renormalize", _mixture_of_lists("renormalize"), "weighted", "reverse_kl"),
+        case("Routed", "weights", _routed, "weighted", jsd),
+        case("Routed", "NaN states", _routed, "poisoned", "reverse_kl"),
         case("VocabularyMap", "weights", _vocabulary_map, "weighted", jsd, OTHER),
         case("VocabularyMap", "NaN states", _vocabulary_map, "poisoned", "forward_kl", OTHER),
     ]
@@ -78,7 +83,8 @@ def _given(teacher: dict[str, Any], shape: Shape, device: str) -> dict[str, Any]
         token_ids[torch.arange(K, device=device) >= K - torch.arange(ROWS, device=device)[:, None] % 5] = -1
         given |= {f"log_probs{name}": log_probs, f"token_ids{name}": token_ids}
     shares = torch.rand(ROWS, 3, generator=generator).to(device)
-    return given | {"shares": shares[0], "shares_by_row": shares * (shares > shares.amin(1, keepdim=True))}
+    given |= {"shares": shares[0], "shares_by_row": shares * (shares > shares.amin(1, keepdim=True))}
+    return given | {"index": torch.randint(3, (ROWS,), generator=generator).to(device)}
 
 
 def _top_k(tail: str, temperature: float = 2.0) -> Make:
@@ -93,12 +99,40 @@ def _top_k(tail: str, temperature: float = 2.0) -> Make:
 
 def _mixture(shares: str) -> Make:
     def make(library: ModuleType, teacher: dict[str, Any], given: dict[str, Any]) -> Any:
-        hidden, weight = teacher["hidden"], teacher["weight"]
-        few = hidden.shape[1] // 2
-        heads = (hidden, weight), (hidden[:, :few], weight[:, :few]), (-hidden, weight)
-        return library.Mixture([library.LinearLogits(*head) for head in heads], given[shares])
+        return library.Mixture(_three(library, teacher), given[shares])
 
     return make
+
+
+def _mixture_of_lists(tail: str) -> Make:
+    """Two lists of other tokens than one another's, and one that is not as long."""
+
+    def make(library: ModuleType, teacher: dict[str, Any], given: dict[str, Any]) -> Any:
+        log_probs, token_ids = given["log_probs"], given["token_ids"]
+        lists = (log_probs, token_ids), (log_probs, given["student_ids"][token_ids % SHARED]), (log_probs, token_ids)
+        sizes = K, K - 7, K // 2
+        tops = [
+            library.TopKLogProbs(*(x[:, :size] for x in arrays), temperature=2.0, tail=tail)
+            for arrays, size in zip(lists, sizes, strict=True)
+        ]
+        return library.Mixture(tops, given["shares_by_row"])
+
+    return make
+
+
+def _top_k_of(library: ModuleType, teacher: dict[str, Any], given: dict[str, Any]) -> Any:
+    of, by, _ = _three(library, teacher)
+    return library.TopKLogProbs.of(of, K, chosen_by=by, temperature=2.0)
+
+
+def _routed(library: ModuleType, teacher: dict[str, Any], given: dict[str, Any]) -> Any:
+    return library.Routed(_three(library, teacher), given["index"])
+
+
+def _three(library: ModuleType, teacher: dict[str, Any]) -> list[Any]:
+    hidden, weight = teacher["hidden"], teacher["weight"]
+    few = hidden.shape[1] // 2
+    return [library.LinearLogits(*x) for x in ((hidden, weight), (hidden[:, :few], weight[:, :few]), (-hidden, weight))]
 
 
 def _vocabulary_map(library: ModuleType, teacher: dict[str, Any], given: dict[str, Any]) -> Any:

@@ -43,13 +43,14 @@ from torch_bridge.reference.dense_rows import (
     token_log_probs,
     token_statistics,
 )
-from torch_bridge.reference.dense_teachers import Mixture, TopKLogProbs, VocabularyMap
+from torch_bridge.reference.dense_teachers import Mixture, Routed, TopKLogProbs, VocabularyMap
 
 __all__ = [
     "Divergence",
     "LinearLogits",
     "Logits",
     "Mixture",
+    "Routed",
     "RowDivergence",
     "TopKLogProbs",
     "VocabularyMap",

@@ -28,6 +28,8 @@ WRONG = {
     "the rest left out": ("TopKLogProbs", {"tail": "renormalize"}),
     "padding counted": ("TopKLogProbs", {"token_ids": lambda ids: ids.clamp(min=0)}),
     "equal weights": ("Mixture", {"weights": torch.ones_like}),
+    "another teacher": ("Routed", {"index": lambda index: 2 - index}),
+    "one list alone": ("Mixture of TopKLogProbs", {"teachers": lambda teachers: [teachers[0]] * len(teachers)}),
     "tokens in another order": ("VocabularyMap", {"teacher_ids": lambda ids: ids.flip(0)}),
 }
 
@@ -64,6 +66,13 @@ def test_worked_numbers_of_the_twins():
     assert loss.item() == pytest.approx(
         math.log(4) + 5 / 16 * math.log(5 / 16) + 11 / 16 * math.log(11 / 16), rel=1e-12
     )
+    other = torch.zeros(1, 2).double().log_softmax(-1), torch.tensor([[1, -1]])
+    lists = [reference.TopKLogProbs(*known), reference.TopKLogProbs(*other)]
+    loss = reference.distillation_loss(uniform, reference.Mixture(lists, torch.ones(2)), **options)[0]
+    assert loss.item() == pytest.approx(3 / 8 * math.log(3 / 4) + 3 / 8 * math.log(3 / 2), rel=1e-12)
+    routed = reference.Routed([reference.Logits(x) for x in p], torch.tensor([1]))
+    loss = reference.distillation_loss(uniform, routed, **options)[0]
+    assert loss.item() == pytest.approx(math.log(4) + 1 / 4 * math.log(1 / 4) + 3 / 4 * math.log(3 / 4), rel=1e-12)
     teacher = reference.Logits(torch.tensor([[0.5, 0.2, 0.2, 0.1]], dtype=torch.float64).log())
     mapped = reference.VocabularyMap(teacher, torch.tensor([0, 2]), torch.tensor([1, 0]))
     loss = reference.distillation_loss(uniform, mapped, **options)[0]
