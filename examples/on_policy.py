@@ -5,9 +5,10 @@
 Three students start from the same evenly spaced layers of SmolLM2-135M-Instruct and take as many steps: one learns from
 text alone (cross-entropy), one from the teacher's distributions over that text (forward KL), and one does so too, but
 a share ``--on-policy`` of its batches, after ``--warm-up`` steps, are its own: it goes on from the first tokens of a
-batch's windows, and learns from ``--divergence`` at the tokens that it sampled. That is GKD (arXiv 2306.13649). All are
-scored on held-out text, and by their divergence from the teacher where they go on from it themselves. Log, curves,
-checkpoints, ``--resume`` and the other flags are those of ``examples.distill_smollm2``.
+batch's windows, and learns from ``--divergence`` at the tokens that it sampled. That is GKD (arXiv 2306.13649); with
+``--loss sampled`` no whole distributions are compared, but the probabilities of the sampled tokens. All are scored on
+held-out text, and by their divergence from the teacher where they go on from it themselves. Log, curves, checkpoints,
+``--resume`` and the other flags are those of ``examples.distill_smollm2``.
 """
 
 import os
@@ -26,7 +27,7 @@ import jaxkd
 from examples.smollm2 import arms, flags, report, run_folder, training
 from examples.smollm2.job import launch, prepare
 from examples.smollm2.model import student_from_teacher
-from examples.smollm2.sampling import make_sample_batch
+from examples.smollm2.sampling import make_sample_batch, sampled_reverse_kl
 from examples.smollm2.teacher import end_tokens
 
 TEACHER, PRUNED = "teacher", "pruned, untrained"
@@ -57,9 +58,11 @@ def run(settings, device, console):
     optimizer = training.optimizer_for(settings.learning_rate, settings.steps)
     loss_options = {"temperature": settings.temperature, "chunk_size": flags.chunk_size_of(settings, device)}
     text_step = training.make_train_step(graphdef, optimizer, divergence=jaxkd.forward_kl, **loss_options)
-    sample_step = training.make_train_step(
-        graphdef, optimizer, divergence=flags.divergence_of(settings), **loss_options
-    )
+    if settings.loss == "sampled":
+        sample_step = training.make_train_step(graphdef, optimizer, sampled_reverse_kl, **loss_options)
+    else:
+        divergence = flags.divergence_of(settings)
+        sample_step = training.make_train_step(graphdef, optimizer, divergence=divergence, **loss_options)
 
     def cross_entropy(state, step, batch):
         return text_step(state, batch, 0.0, 1.0)

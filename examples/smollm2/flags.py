@@ -152,7 +152,19 @@ def parse_on_policy(argv=None):
     add("--warm-up", metavar="N", type=number(int, at_least=0), help="steps before it samples; default: half of them")
     add("--prompt-len", metavar="P", type=count, default=32, help="tokens of a window that the student goes on from")
     add("--sample-temperature", metavar="T", type=number(float, above=0), default=1.0, help="of the student's sampling")
+    add(
+        "--loss",
+        choices=("whole", "sampled"),
+        default="whole",
+        help="whole: --divergence; sampled: reverse KL estimated",
+    )
     settings = checked(parser, argv)
+    if settings.loss == "sampled" and settings.divergence != "reverse_kl":
+        parser.error(
+            f"argument --loss: sampled is an estimate of reverse_kl, and --divergence is {settings.divergence}"
+        )
+    if settings.loss == "sampled" and settings.temperature != settings.sample_temperature:
+        parser.error("argument --loss: sampled wants --temperature and --sample-temperature to be the same")
     if settings.prompt_len > settings.seq_len:
         parser.error(f"argument --prompt-len: {settings.prompt_len} is longer than --seq-len {settings.seq_len}")
     if settings.soft_weight == 0:

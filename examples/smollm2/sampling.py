@@ -53,6 +53,18 @@ def sampled_labels(tokens, prompt_length, end_tokens):
     return jaxkd.shift_labels(tokens, is_sampled & ~is_after_end, IGNORED)
 
 
+def sampled_reverse_kl(student, teacher, labels, *, soft_weight, hard_weight=0.0, **options):
+    """KL(student ‖ teacher) estimated from the sampled tokens alone, in place of `jaxkd.distillation_loss`.
+
+    The two heads give one number a token, and the gradient is the policy gradient of the KL divergence, provided that
+    the tokens were sampled at the temperature of ``options``. The whole distributions give the same in the mean, with
+    less variance.
+    """
+    policy, reference = (jaxkd.token_log_probs(model, labels, **options) for model in (student, teacher))
+    loss, metrics = jaxkd.preference.sampled_kl(policy, None, reference, labels != IGNORED)
+    return soft_weight * loss, {"soft": loss, "num_rows": metrics["num_tokens"]}
+
+
 def make_sample_batch(student_graphdef, teacher, teacher_head, *, prompt_length, temperature, end_tokens):
     """``sample_batch(params, tokens, key) -> TeacherBatch``: texts of the student's, as the teacher reads them.
 

@@ -125,6 +125,21 @@ def test_loss_of_a_batch_is_the_dense_one(torch_model, student, prompts):
     assert training.make_sampled_kl(graphdef)(state["params"], batch) < reverse_kl
 
 
+def test_sampled_loss_has_the_gradient_of_reverse_kl_in_the_mean():
+    """Over every token that there is, weighed as often as it is sampled."""
+    student_logits, teacher_logits = np.random.default_rng(2).normal(size=(2, 7))
+
+    def loss_of_token(logits, token):
+        student, teacher = (jaxkd.Logits(jnp.asarray(x, jnp.float32)[None, None]) for x in (logits, teacher_logits))
+        labels = jnp.full((1, 1), token)
+        return sampling.sampled_reverse_kl(student, teacher, labels, soft_weight=2.0)[0]
+
+    gradients = jax.vmap(jax.grad(loss_of_token), (None, 0))(jnp.asarray(student_logits, jnp.float32), jnp.arange(7))
+    log_q, log_p = log_softmax(student_logits), log_softmax(teacher_logits)
+    q, difference = np.exp(log_q), log_q - log_p
+    np.testing.assert_allclose(q @ gradients, 2 * q * (difference - q @ difference), rtol=1e-4, atol=1e-6)
+
+
 def test_share_of_sampled_batches():
     for share, expected in ((0.0, 0), (0.25, 5), (0.5, 10), (1.0, 20)):
         sampled = [on_policy.is_sampled(step, share, warm_up=7) for step in range(1, 28)]
@@ -199,6 +214,11 @@ def test_resume_with_another_share_is_refused(command, finished, capsys):
     [
         ("--on-policy 1.5", "argument --on-policy: 1.5 is not a number at least 0 and at most 1"),
         ("--prompt-len 20 --seq-len 19", "argument --prompt-len: 20 is longer than --seq-len 19"),
+        (
+            "--loss sampled --divergence jensen_shannon",
+            "sampled is an estimate of reverse_kl, and --divergence is jensen",
+        ),
+        ("--loss sampled --temperature 2", "sampled wants --temperature and --sample-temperature to be the same"),
         ("--soft-weight 0 --hard-weight 1", "argument --soft-weight: at 0 there is nothing to learn from samples"),
     ],
 )
