@@ -1,6 +1,6 @@
 """tunix's own trainers of distillation, fine-tuning and DPO: with their dense losses, and with jaxkd's.
 
-    pip install google-tunix==0.1.7 && python -m examples.distill_tunix
+    pip install -e '.[tunix]' && python -m examples.distill_tunix
 
 Student and teacher are tunix's Qwen3 with tied heads, on a mesh of tunix's axes "fsdp" and "tp"; distillation and DPO
 train LoRA on the student's body. Without GPUs there are eight virtual CPU devices.
