@@ -1,6 +1,6 @@
 """tunix's own trainers of distillation, fine-tuning and DPO: with their dense losses, and with jaxkd's.
 
-    pip install -e '.[tunix]' && python -m examples.distill_tunix
+    pip install -e '.[tunix]' && python -m examples.distill_tunix --trainers sft distillation dpo
 
 Student and teacher are tunix's Qwen3 with tied heads, on a mesh of tunix's axes "fsdp" and "tp"; distillation and DPO
 train LoRA on the student's body. Without GPUs there are eight virtual CPU devices.
@@ -44,7 +44,7 @@ TINY_TEACHER = qwen3.ModelConfig(num_layers=2, embed_dim=128, hidden_dim=256, us
 # What the losses take of a model --------------------------------------------------------------------------------------
 
 
-def linear_logits(model: nnx.Module, tokens: jax.Array, positions: jax.Array, mask: jax.Array) -> jaxkd.LinearLogits:
+def linear_logits(model: Any, tokens: jax.Array, positions: jax.Array, mask: jax.Array) -> jaxkd.LinearLogits:
     """The logits of any tunix model that sows its hidden states, not formed.
 
     The model is called as a whole, because qwix puts LoRA into its ``__call__`` and not into its layers. Nobody uses
@@ -74,7 +74,11 @@ class FusedLogitStrategy(strategies.BaseStrategy):
         super().__init__(
             forward, forward, lambda input_tokens, input_mask: jaxkd.shift_labels(input_tokens, input_mask)
         )
-        self.weights = {"temperature": temperature, "soft_weight": alpha * temperature**2, "hard_weight": 1 - alpha}
+        self.weights: dict[str, Any] = {
+            "temperature": temperature,
+            "soft_weight": alpha * temperature**2,
+            "hard_weight": 1 - alpha,
+        }
         self.options = options
 
     def compute_loss(self, student_output, teacher_output, labels):
@@ -158,9 +162,15 @@ class FusedDPOTrainer(dpo_trainer.DPOTrainer):
         return example.replace(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 
     def loss(self, model, train_example, algorithm, beta, label_smoothing):
-        policy = self.log_probs(model, train_example)
-        reference = train_example.ref_chosen_logps, train_example.ref_rejected_logps
-        loss, metrics = jaxkd.preference.cdpo(*policy, *reference, beta=beta, label_smoothing=label_smoothing)
+        chosen, rejected = self.log_probs(model, train_example)
+        loss, metrics = jaxkd.preference.cdpo(
+            chosen,
+            rejected,
+            train_example.ref_chosen_logps,
+            train_example.ref_rejected_logps,
+            beta=beta,
+            label_smoothing=label_smoothing,
+        )
         return loss, {name: metrics[ours] for name, ours in self.METRICS.items()}
 
 
@@ -191,7 +201,7 @@ def make_model(name: str | None, tiny: qwen3.ModelConfig, weights: str | None, m
     return reshard.reshard_model_to_mesh(qwen3.Qwen3(config, rngs=nnx.Rngs(seed)), mesh)
 
 
-def with_lora(model: nnx.Module, mesh: Mesh, rank: int = 8) -> nnx.Module:
+def with_lora(model: Any, mesh: Mesh, rank: int = 8) -> nnx.Module:
     provider = qwix.LoraProvider(module_path=LORA_ON, rank=rank, alpha=2.0 * rank)
     model = qwix.apply_lora_to_model(model, provider, **model.get_model_input(), rngs=nnx.Rngs(0))
     return reshard.reshard_model_to_mesh(model, mesh)
@@ -199,7 +209,7 @@ def with_lora(model: nnx.Module, mesh: Mesh, rank: int = 8) -> nnx.Module:
 
 def read_batches(steps: int, batch: int, length: int) -> dict[str, list[Any]]:
     """For each trainer: passages, or beginnings of passages with their true ends and with those of others."""
-    words, _ = read_words(TINY["vocab_size"], held_out=1)
+    words, _ = read_words(TINY_STUDENT.vocab_size, held_out=1)
     rng = np.random.default_rng(0)
 
     def masked(*tokens: np.ndarray) -> list[np.ndarray]:
@@ -222,9 +232,9 @@ def sizes_of_step(trainer: peft_trainer.PeftTrainer, batch: Any) -> tuple[float,
     """MiB of a device: the temporaries of a training step, and its batch with what teacher or reference made of it."""
     inputs = sharding_utils.shard_input(trainer._prepare_inputs(batch), trainer.config.data_sharding_axis)
     step = nnx.jit(trainer.create_train_step_fn(), donate_argnames=("optimizer",))
-    temporaries = step.lower(trainer.model, trainer.optimizer, inputs).compile().memory_analysis().temp_size_in_bytes
+    sizes: Any = step.lower(trainer.model, trainer.optimizer, inputs).compile().memory_analysis()
     shards = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(inputs)]
-    return temporaries / 2**20, sum(shards) / 2**20
+    return sizes.temp_size_in_bytes / 2**20, sum(shards) / 2**20
 
 
 def train_both(name: str, model: nnx.Module, fixed: Any, batches: list[Any], rate: float, sharding: Any) -> nnx.Module:
@@ -247,7 +257,7 @@ def train_both(name: str, model: nnx.Module, fixed: Any, batches: list[Any], rat
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="tunix's trainers, with their dense losses and with jaxkd's.")
-    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=["distillation"])
     parser.add_argument("--steps", type=int, default=12, help="steps of each trainer")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)

@@ -129,7 +129,7 @@ def psum(x: jax.Array, axes: Axes) -> jax.Array:
 
 def varying(x: Any) -> frozenset[str]:
     """The axes of a shard_map with ``check_vma`` over which ``x`` may differ."""
-    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    aval: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     if not hasattr(aval, "manual_axis_type"):  # jax 0.9
         return frozenset(aval.vma or ())
     return frozenset() if aval.manual_axis_type is None else aval.manual_axis_type.varying

@@ -30,7 +30,6 @@ def small(monkeypatch):
     for name in ("TINY_STUDENT", "TINY_TEACHER"):
         config = dataclasses.replace(getattr(distill_tunix, name), vocab_size=512, num_layers=1)
         monkeypatch.setattr(distill_tunix, name, config)
-    monkeypatch.setattr(distill_tunix, "TINY", {**distill_tunix.TINY, "vocab_size": 512})
 
 
 @pytest.mark.usefixtures("small")
