@@ -129,8 +129,10 @@ def psum(x: jax.Array, axes: Axes) -> jax.Array:
 
 def varying(x: Any) -> frozenset[str]:
     """The axes of a shard_map with ``check_vma`` over which ``x`` may differ."""
-    kind = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None)
-    return frozenset() if kind is None else kind.varying
+    aval: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    if not hasattr(aval, "manual_axis_type"):  # jax 0.9
+        return frozenset(aval.vma or ())
+    return frozenset() if aval.manual_axis_type is None else aval.manual_axis_type.varying
 
 
 def _vary(x: jax.Array, axes: Any) -> jax.Array:
