@@ -84,6 +84,21 @@ def test_acceptance_rate_of_sampled_tokens(recipe):
     assert kept.mean() == pytest.approx(rate, abs=4 * np.sqrt(rate * (1 - rate) / draws))
 
 
+def test_mixture(recipe):
+    """Value and gradient in closed form, the weight being a constant."""
+    log_p, log_q = cases.log_softmax(renormalised()), cases.log_softmax(DRAFT.logits)
+    (kl, kl_slope), (apart, apart_slope) = (f(log_p, log_q) for f in (cases.forward_kl, cases.total_variation))
+    weight = np.exp(-3 * (1 - apart))
+    slope = weight[:, None] * kl_slope + (1 - weight)[:, None] * apart_slope
+    dz = MASK[:, None] * (slope - np.exp(log_q) * slope.sum(axis=1, keepdims=True)) / MASK.sum()
+    cut = jaxkd.LinearLogits(jnp.asarray(TARGET.hidden), jnp.asarray(TARGET.weight[TOKEN_IDS]))
+    loss, gradient = jax.value_and_grad(
+        lambda weight: recipe["mixture_loss"](jaxkd.LinearLogits(jnp.asarray(DRAFT.hidden), weight), cut, MASK)
+    )(jnp.asarray(DRAFT.weight))
+    assert float(loss) == pytest.approx((weight * kl + (1 - weight) * apart)[MASK].mean(), rel=1e-11)
+    np.testing.assert_allclose(gradient, dz.T @ DRAFT.hidden, rtol=1e-9, atol=1e-14)
+
+
 def test_training_raises_the_rate(recipe):
     """By the loss of the recipe, and further by the rate itself."""
     target = TARGET.astype(jnp.float64)
