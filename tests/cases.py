@@ -96,8 +96,8 @@ def alpha_beta(alpha, beta):
 
 
 def overlap_nll(lp, lq):
-    overlap = np.exp(np.minimum(lp, lq)).sum(-1)
-    return -np.log(overlap), total_variation(lp, lq)[1] / overlap[..., None]
+    q, overlap = np.exp(lq), np.exp(np.minimum(lp, lq)).sum(-1)
+    return -np.log(overlap), -q * (1 - np.sign(lq - lp)) / 2 / overlap[..., None]
 
 
 def renyi(alpha):
