@@ -11,7 +11,6 @@ from jaxkd.kernels.bucketed import token_ids as token_ids
 from jaxkd.kernels.dispatch import CannotRun as CannotRun
 from jaxkd.kernels.dispatch import Chunk as Chunk
 from jaxkd.kernels.dispatch import aligned_width as aligned_width
-from jaxkd.kernels.dispatch import gains_by_sums as gains_by_sums
 from jaxkd.kernels.dispatch import row_losses_for as row_losses_for
 from jaxkd.kernels.likeliest import at_tokens as at_tokens
 from jaxkd.kernels.likeliest import top_tokens as top_tokens

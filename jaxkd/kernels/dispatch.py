@@ -84,14 +84,6 @@ def row_losses_for(
     return _kernels[implementation].row_losses
 
 
-def gains_by_sums(row_losses: RowLosses) -> bool:
-    """Whether a gradient is quicker by `reference.row_gradient` of kept sums than by all over again.
-
-    The Mosaic kernel reads each logit once as well, and is as quick as the memory.
-    """
-    return row_losses not in (_on_cuda.get("mosaic"), getattr(_kernels.get("mosaic"), "row_losses", None))
-
-
 def aligned_width(implementation: str | None, chunk: Chunk, divergence: AnyDivergence | None = None) -> int:
     """How many columns logits are to have for this call: more than a vocabulary's if a kernel can copy these alone.
 

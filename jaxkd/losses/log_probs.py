@@ -30,7 +30,7 @@ def token_log_probs(
 
     Differentiable in all arrays of ``student``. The backward pass forms the logits again, a chunk at a time (four
     products with the head in all, where `cross_entropy` takes three), so that each row may have a gradient of its own
-    and memory beyond inputs and gradients stays that of a chunk; of each row a few sums are kept at most. A row that
+    and memory beyond inputs and gradients stays that of a chunk; the log-normaliser of each row is kept. A row that
     does not count is never looked at, in either pass. Gradients of the head are summed in float32.
 
     Args:

@@ -8,16 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import AnyDivergence, Divergence
-from jaxkd.kernels import (
-    ChunkRows,
-    RowLosses,
-    RowOptions,
-    RowSums,
-    gains_by_sums,
-    names_of_sums,
-    row_gradient,
-    row_losses_for,
-)
+from jaxkd.kernels import ChunkRows, RowLosses, RowOptions, RowSums, names_of_sums, row_gradient, row_losses_for
 from jaxkd.logits import Place, take_rows
 from jaxkd.loop import CountedRows, map_rows, weighted
 from jaxkd.loop.checks import sound_temperature
@@ -43,16 +34,14 @@ def token_values(
     dtype, teacher = models.student.dtype, models.teacher
     divergence = jax.tree.map(lambda x: jnp.asarray(x, dtype), divergence)
     in_buckets = teacher is not None and teacher.IN_BUCKETS
-    row_losses = row_losses_for(implementation, models.chunk, divergence, in_buckets=in_buckets)
-    is_sum_over_tokens = not in_buckets and (divergence is None or isinstance(divergence, Divergence))
     loss = _TokenValues(
         labels=jnp.zeros_like(rows.weights, jnp.int32) if rows.labels is None else rows.labels,
         weights=rows.weights,
         teacher=teacher,
         temperature=sound_temperature(temperature, dtype),
         divergence=divergence,
-        row_losses=row_losses,
-        has_sums=is_sum_over_tokens and gains_by_sums(row_losses),
+        row_losses=row_losses_for(implementation, models.chunk, divergence, in_buckets=in_buckets),
+        has_sums=not in_buckets and (divergence is None or isinstance(divergence, Divergence)),
         options=RowOptions(
             vocabulary=vocabulary or "truncate",
             has_labels=divergence is None,
@@ -76,7 +65,7 @@ class _TokenValues:
     temperature: Any
     divergence: AnyDivergence | None
     row_losses: RowLosses = field(metadata={"static": True})
-    has_sums: bool = field(metadata={"static": True})  # whether the gradient is had from them
+    has_sums: bool = field(metadata={"static": True})  # whether the gradient can be had from them
     options: RowOptions = field(metadata={"static": True})
     sums: dict[str, Any] | None = None  # of the rows, by name: known in the backward pass
     is_backward: bool = field(default=False, metadata={"static": True})
