@@ -81,7 +81,7 @@ def test_a_negative_that_is_not_there(name, value):
     labels = tuple(np.where(THERE, x[:, -K:], value).astype(np.float32) for x in case.labels)
     labels = tuple(np.concatenate([x[:, :-K], y], axis=1) for x, y in zip(case.labels, labels, strict=True))
     gradient = jax.jit(jax.value_and_grad(lambda x, labels: case.loss(x, labels)[0]), compiler_options=QUICK)
-    want = gradient((*rows, negatives), case.labels)
+    want = gradient((*rows, negatives), tuple(x.astype(np.float32) for x in case.labels))
     got = gradient((*rows, poisoned), labels)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert not np.asarray(got[1][2])[~THERE].any()

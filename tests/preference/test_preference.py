@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from preference_cases import CASES, LOSSES, NOT_LOSSES, OF_WHOLE_BATCH, ONE_OF_EACH_KIND, PAIRED, B, cast, evaluate_all
-from quick_programs import QUICK
+from quick_programs import QUICK, Traced
 
 from jaxkd import preference
 
@@ -147,12 +147,13 @@ def test_traced_numbers_give_the_same():
     def losses(inputs, beta):
         return {n: CASES[n].function(**inputs[n], **(CASES[n].options | {"beta": beta}))[0] for n in names}
 
-    traced, inputs = jax.jit(losses, compiler_options=QUICK), {name: cast(CASES[name].inputs) for name in names}
+    counted, inputs = Traced(losses), {name: cast(CASES[name].inputs) for name in names}
+    traced = jax.jit(counted, compiler_options=QUICK)
     for beta in (0.1, 0.7):
         known = jax.jit(partial(losses, beta=beta), compiler_options=QUICK)
         for name, want in known(inputs).items():
             np.testing.assert_allclose(traced(inputs, beta)[name], want, rtol=1e-6, err_msg=name)
-    assert traced._cache_size() == 1
+    assert counted.count == 1
 
 
 def test_extremes_are_finite():

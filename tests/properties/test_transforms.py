@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_programs import Traced
 
 import jaxkd
 
@@ -189,7 +190,6 @@ def test_traced_options(names):
         constant = jax.value_and_grad(loss, has_aux=True)(STUDENT, **options)
         assert_close(step(STUDENT, jax.tree.map(jnp.asarray, options)), constant)
     assert len(traces) == 1
-    assert step._cache_size() == 1
 
 
 FAMILIES = [jaxkd.jensen_shannon, *map(slow, (jaxkd.symmetric_kl, jaxkd.skew_kl, jaxkd.alpha_divergence))]
@@ -213,20 +213,22 @@ def test_traced_parameter_of_a_divergence(family):
 
 def test_traced_beta_of_fused_linear_jsd():
     arrays = (STUDENT.hidden, STUDENT.weight, TEACHER.hidden, TEACHER.weight)
-    step = jax.jit(lambda beta: jaxkd.fused_linear_jsd(*arrays, beta=beta)[0])
+    traced = Traced(lambda beta: jaxkd.fused_linear_jsd(*arrays, beta=beta)[0])
+    step = jax.jit(traced)
     for beta in (0.3, 0.6):
         np.testing.assert_allclose(step(beta), jaxkd.fused_linear_jsd(*arrays, beta=beta)[0], rtol=1e-6)
-    assert step._cache_size() == 1
+    assert traced.count == 1
 
 
 def test_traced_scale_and_softcap():
     def of_numbers(scale, softcap):
         return loss(jaxkd.LinearLogits(STUDENT.hidden, STUDENT.weight, scale=scale, softcap=softcap))[0]
 
-    step = jax.jit(jax.value_and_grad(of_numbers, argnums=(0, 1)))
+    traced = Traced(jax.value_and_grad(of_numbers, argnums=(0, 1)))
+    step = jax.jit(traced)
     for numbers in ((0.5, 10.0), (2.0, 30.0)):
         assert_close(step(*numbers), jax.value_and_grad(of_numbers, argnums=(0, 1))(*numbers))
-    assert step._cache_size() == 1
+    assert traced.count == 1
 
 
 CONSTANTS = [*TRACED, "beta"]

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_programs import Traced
 
 import jaxkd
 
@@ -137,14 +138,16 @@ CONSTANTS = [(name, option) for name, options in TRACED.items() for option in op
 def test_traced_option(name, option):
     """A schedule: new values, no new compilation, the numbers of a constant."""
 
-    @jax.jit
-    def step(student, value):
+    @Traced
+    def traced(student, value):
         return jax.value_and_grad(lambda x: total(name, x, **{option: value}))(student)
+
+    step = jax.jit(traced)
 
     for value in TRACED[name][option]:
         constant = jax.value_and_grad(lambda x, value=value: total(name, x, **{option: value}))(STUDENT)
         assert_close(step(STUDENT, jnp.asarray(value)), constant, rtol=2e-5)
-    assert step._cache_size() == 1
+    assert traced.count == 1
 
 
 @pytest.mark.parametrize(("name", "option"), CONSTANTS)

@@ -43,7 +43,8 @@ def test_quick_run_measures_every_task_and_writes_its_results(tmp_path, capsys):
     for floor in FLOORS:
         assert results["products", floor]["of_products"] == 1
     jsd = results["JSD", "jaxkd xla"]
-    assert f"{jsd['median'] * 1e3:.1f}" in output
+    near = [jsd["median"] * 1e3 + off for off in (-0.05, 0, 0.05)]  # what is written has four digits
+    assert any(f"{x:.1f}" in output for x in near)
     assert results["JSD", "JAX dense, exact logits"]["memory"] > jsd["gradient_bytes"]
 
     assert {task for task, contender in results if contender == "jaxkd xla"} == set(TASKS)
