@@ -136,9 +136,8 @@ def test_laws(teacher, student):
         divergence = cases.DIVERGENCES[name].make()
         value, dz = value_and_gradient(divergence, teacher, student)
         assert 0 <= value <= BOUNDS.get(name, math.inf) * (1 + 1e-6), name
-        steepest = (
-            1 if divergence.outer is None else np.exp(min(3 * value, 80))
-        )  # slope of the outer functions there are
+        # No outer function that there is has a steeper slope.
+        steepest = 1 if divergence.outer is None else np.exp(min(3 * value, 80))
         np.testing.assert_allclose(dz.sum(-1), 0, atol=2e-6 * (1 + 3 * value) * steepest, err_msg=name)
         shifted = soft_loss(divergence, teacher + 3, student - 2)
         permuted = soft_loss(divergence, teacher[:, permutation], student[:, permutation])
