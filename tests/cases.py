@@ -97,7 +97,7 @@ def alpha_beta(alpha, beta):
 
 def overlap_nll(lp, lq):
     q, overlap = np.exp(lq), np.exp(np.minimum(lp, lq)).sum(-1)
-    return -np.log(overlap), -q * (1 - np.sign(lq - lp)) / 2 / overlap[..., None]
+    return -np.log(overlap), -q * ((lq < lp) + (lq == lp) / 2) / overlap[..., None]
 
 
 def renyi(alpha):
