@@ -22,9 +22,10 @@ EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 def start(arguments, flags):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    inherited = re.sub(r"--xla_force_host\S*", "", os.environ.get("XLA_FLAGS", ""))  # examples set it when imported
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     environment |= {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+        "XLA_FLAGS": f"{inherited} {flags}".strip(),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": path,
     }
