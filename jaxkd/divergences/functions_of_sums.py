@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkd.divergences.declaration import Divergence
-from jaxkd.divergences.sums_over_tokens import alpha_divergence, forward_kl, parameter, total_variation_slope
+from jaxkd.divergences.sums_over_tokens import alpha_divergence_term, forward_kl, parameter, total_variation_slope
 
 
 def _overlap_term(log_p, log_q):
@@ -39,7 +39,7 @@ Source: LK losses (arXiv 2602.23881).
 def _renyi_term(log_p, log_q, alpha):
     # Of a high order the sum is 1 and more, and what it is more keeps its digits; of a low one it may be next to 0.
     low = jnp.exp(alpha * log_p + (1 - alpha) * log_q)
-    return jnp.where(alpha < 1, low, alpha_divergence(0.5).term(log_p, log_q, alpha))
+    return jnp.where(alpha < 1, low, alpha_divergence_term(log_p, log_q, alpha))
 
 
 def _renyi_outer(total: jax.Array, alpha: Any) -> jax.Array:
@@ -63,8 +63,8 @@ def renyi(alpha: ArrayLike = 0.5) -> Divergence:
     0.069336 0.287682
     """
     alpha = parameter("alpha", alpha, 0.0, jnp.inf, high_is_in=False)
-    if isinstance(alpha, float) and alpha in (0, 1):
-        if alpha:
-            return forward_kl
+    if isinstance(alpha, float) and alpha == 0:
         raise ValueError("`alpha` is 0; give a number above 0")
+    if isinstance(alpha, float) and alpha == 1:
+        return forward_kl
     return Divergence(_renyi_term, (alpha,), outer=_renyi_outer, is_nonnegative=True)

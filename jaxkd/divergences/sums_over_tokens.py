@@ -50,9 +50,8 @@ def _forward_kl_kernel_form(log2_p, log2_q):
     return weigh(p, (log2_p - log2_q) * LN2 - 1) + q, -p
 
 
-forward_kl = Divergence(
-    _forward_kl_term, kernel_form=_forward_kl_kernel_form, slope_sum=-1.0, is_nonnegative=True
-)  # the slope is -p
+# The slope is -p.
+forward_kl = Divergence(_forward_kl_term, kernel_form=_forward_kl_kernel_form, slope_sum=-1.0, is_nonnegative=True)
 """KL(P‖Q) = sum p (log p - log q), the usual distillation loss: the student covers all that the teacher does.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), without its tau**2.
@@ -199,7 +198,7 @@ Source: Hellinger, "Neue Begründung der Theorie quadratischer Formen von unendl
 """
 
 
-def _alpha_divergence_term(log_p, log_q, alpha):
+def alpha_divergence_term(log_p, log_q, alpha):
     """(alpha p + (1 - alpha) q - p^alpha q^(1 - alpha)) / (alpha (1 - alpha)): >= 0, and of second order where p = q.
 
     alpha p + (1 - alpha) q sums to 1, so the sum over tokens is that of the definition. To keep its digits for every
@@ -249,7 +248,7 @@ def alpha_divergence(alpha: ArrayLike = 0.5) -> Divergence:
     alpha = parameter("alpha", alpha, -jnp.inf, jnp.inf, high_is_in=False)
     if isinstance(alpha, float) and alpha in (0, 1):
         return forward_kl if alpha else reverse_kl
-    return Divergence(_alpha_divergence_term, (alpha,), is_nonnegative=True)
+    return Divergence(alpha_divergence_term, (alpha,), is_nonnegative=True)
 
 
 def _alpha_beta_term(log_p, log_q, alpha, beta):

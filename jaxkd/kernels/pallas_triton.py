@@ -206,7 +206,7 @@ def _kernel(
         if row.label_smoothing is not None:
             smoothing = row.label_smoothing[...]
         if row.z_loss is not None:
-            q_factor = 1 + 2 * row.z_loss[...] * (plain_lse.top + plain_lse.log_total)
+            q_factor = 1 + 2 * row.z_loss[...] * plain_lse.value
         elsewhere = smoothing / row.student.shape[0]  # what smoothing makes of the target
         at_label = 1 - smoothing + elsewhere
     for segment in segments:

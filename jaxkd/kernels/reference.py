@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxkd.divergences import weigh
 from jaxkd.kernels.kernel_math import kernel_term_and_slope
@@ -149,8 +149,11 @@ def align_shards(
 
 def own_columns(z: Float[Array, "C V"], width: int, axes: Axes) -> Float[Array, "C V"]:
     """A device's columns of a vocabulary of ``width`` tokens, -inf in those that are filling."""
-    column = first_column(z, axes) + jnp.arange(z.shape[1])
-    return jnp.where(column < width, z, -jnp.inf)
+    return jnp.where(_is_token(z, width, axes), z, -jnp.inf)
+
+
+def _is_token(z: Float[Array, "C V"], width: int, axes: Axes) -> Bool[Array, " V"]:
+    return first_column(z, axes) + jnp.arange(z.shape[1]) < width
 
 
 def first_column(z: Float[Array, "C V"], axes: Axes) -> Int[Array, ""] | int:
@@ -199,7 +202,7 @@ def hard_gradient(rows: ChunkRows, options: RowOptions, z: Float[Array, "C V"], 
     axes, scale = _axes(options), rows.hard_scale[:, None]
     q = jnp.exp(_log_probability(z, lse))
     if rows.z_loss is not None:
-        q = q * (1 + 2 * rows.z_loss * (lse.top + lse.log_total))[:, None]
+        q = q * (1 + 2 * rows.z_loss * lse.value)[:, None]
     labels = own_labels(z, rows.labels, axes)
     target = jax.nn.one_hot(labels, z.shape[1], dtype=z.dtype)
     if rows.label_smoothing is not None:
@@ -228,8 +231,7 @@ def _hard_losses(rows: ChunkRows, options: RowOptions, z: Float[Array, "C V"], l
     if rows.label_smoothing is not None:
         distances = z - label_logit[:, None]
         if options.shards is not None:
-            column = first_column(z, axes) + jnp.arange(z.shape[1])
-            distances = jnp.where(column < options.shards.student, distances, 0)
+            distances = jnp.where(_is_token(z, options.shards.student, axes), distances, 0)
         distance_sum = psum(jnp.sum(distances, axis=1), axes)
     return hard_losses(rows, lse, label_logit, distance_sum, num_tokens(rows, options))
 
@@ -251,5 +253,5 @@ def hard_losses(
         uniform = jnp.where(label_logit == -jnp.inf, jnp.inf, nll - distance_sum / width)
         hard = weigh(1 - rows.label_smoothing, nll) + weigh(rows.label_smoothing, uniform)
     if rows.z_loss is not None:
-        hard = hard + rows.z_loss * jnp.square(lse.top + lse.log_total)
+        hard = hard + rows.z_loss * jnp.square(lse.value)
     return HardLosses(hard, nll, (label_logit >= lse.top).astype(nll.dtype))

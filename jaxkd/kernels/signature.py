@@ -26,6 +26,11 @@ class LogSumExp(NamedTuple):
     top: jax.Array
     log_total: jax.Array  # log sum exp(z - top)
 
+    @property
+    def value(self) -> jax.Array:
+        """In one part."""
+        return self.top + self.log_total
+
     def log_probability(self, z: jax.Array) -> jax.Array:
         """Of logits of the same shape."""
         return (z - self.top) - self.log_total  # in this order: exact where all logits are large

@@ -154,6 +154,5 @@ class _CrossEntropy:
             z_loss=self.z_loss,
         )
         result = self.row_losses(rows, replace(self.options, gradient_dtype=gradient_dtype), place)
-        log_normalizer = result.sums.plain.top + result.sums.plain.log_total
-        values = (result.hard.loss, result.hard.nll, log_normalizer, result.hard.is_top)
+        values = (result.hard.loss, result.hard.nll, result.sums.plain.value, result.hard.is_top)
         return {name: weighted(self.weights, x) for name, x in zip(self.names, values, strict=True)}, result.gradient

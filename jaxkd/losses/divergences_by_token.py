@@ -1,25 +1,19 @@
 """The divergence between teacher and student of every row without the (N, V) logits of either."""
 
-from functools import partial
-from typing import Any
-
 import jax
 from jax.typing import ArrayLike
 
 from jaxkd.divergences import AnyDivergence, check_divergence, forward_kl
 from jaxkd.logits import Source
-from jaxkd.loop import Sharding, count_rows
+from jaxkd.loop import Sharding
 from jaxkd.loop.checks import (
     check_row_arguments,
     check_same_rows,
     check_scalar,
     check_source,
     check_vocabulary,
-    known_to_be,
 )
-from jaxkd.loop.flattening import on_auto_axes
-from jaxkd.loop.partitioning import Partitioning
-from jaxkd.losses.flat_models import flat_models, partitioning_of_models
+from jaxkd.losses.flat_models import partitioning_of_models
 from jaxkd.losses.token_values import token_values
 from jaxkd.teachers import Teacher, check_teacher, rows_of
 
@@ -76,52 +70,16 @@ def token_divergences(
     check_vocabulary(vocabulary)
     rows = rows_of(teacher, temperature)
     partitioning = partitioning_of_models(sharding, student, teacher, rows, divergence, vocabulary)
-    is_tempered = not known_to_be(temperature, 1)
-    of_arrays = partial(
-        _divergences_of_arrays, partitioning, ignore_index, is_tempered, vocabulary, chunk_size, implementation
-    )
-    arrays = student, rows, labels, mask, divergence, temperature
-    return on_auto_axes(partitioning, of_arrays, *arrays, gives_rows=True)
-
-
-def _divergences_of_arrays(
-    partitioning: Partitioning,
-    ignore_index: int,
-    is_tempered: bool,
-    vocabulary: str | None,
-    chunk_size: int | None,
-    implementation: str | None,
-    student: Any,
-    teacher: Any,
-    labels: Any,
-    mask: Any,
-    divergence: AnyDivergence,
-    temperature: Any,
-) -> jax.Array:
-    models = flat_models(
+    return token_values(
         partitioning,
         student,
-        teacher,
-        vocabulary=vocabulary,
-        chunk_size=chunk_size,
-        implementation=implementation,
-        divergence=divergence,
-    )
-    rows = count_rows(
-        partitioning,
-        models.leading_shape,
-        models.width,
-        student.dtype,
-        labels=labels,
-        weights=mask,
-        ignore_index=ignore_index,
-    )
-    return token_values(
-        models,
         rows,
         divergence=divergence,
+        labels=labels,
+        mask=mask,
+        ignore_index=ignore_index,
         temperature=temperature,
-        is_tempered=is_tempered,
         vocabulary=vocabulary,
+        chunk_size=chunk_size,
         implementation=implementation,
     )

@@ -1,19 +1,15 @@
 """The entropy of every row's distribution without the (N, V) logits."""
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkd.divergences import Divergence, weigh
 from jaxkd.logits import Source
-from jaxkd.loop import Sharding, count_rows
-from jaxkd.loop.checks import check_row_arguments, check_scalar, check_source, known_to_be
-from jaxkd.loop.flattening import check_sources, on_auto_axes
-from jaxkd.loop.partitioning import Partitioning, partitioning_of
-from jaxkd.losses.flat_models import flat_models
+from jaxkd.loop import Sharding
+from jaxkd.loop.checks import check_row_arguments, check_scalar, check_source
+from jaxkd.loop.flattening import check_sources
+from jaxkd.loop.partitioning import partitioning_of
 from jaxkd.losses.token_values import token_values
 
 
@@ -42,8 +38,7 @@ def token_entropies(
       student: `LinearLogits` with hidden states (..., D) and head (V, D), or `Logits`.
       mask: (...) booleans, the rows that count, or None for all.
       temperature: divides the logits; a constant to differentiation.
-      chunk_size: rows whose logits exist at a time, at most; None chooses by rows, bytes and
-        platform.
+      chunk_size: rows whose logits exist at a time, at most; None chooses by rows, bytes and platform.
       implementation, sharding: as in `distillation_loss`.
 
     Returns:
@@ -63,29 +58,12 @@ def token_entropies(
     check_scalar("temperature", temperature, above=0)
     partitioning = partitioning_of(sharding, student)
     check_sources(partitioning, student)
-    is_tempered = not known_to_be(temperature, 1)
-    of_arrays = partial(_entropies_of_arrays, partitioning, is_tempered, chunk_size, implementation)
-    return on_auto_axes(partitioning, of_arrays, student, mask, temperature, gives_rows=True)
-
-
-def _entropies_of_arrays(
-    partitioning: Partitioning,
-    is_tempered: bool,
-    chunk_size: int | None,
-    implementation: str | None,
-    student: Any,
-    mask: Any,
-    temperature: Any,
-) -> jax.Array:
-    models = flat_models(
-        partitioning, student, chunk_size=chunk_size, implementation=implementation, divergence=ENTROPY
-    )
-    rows = count_rows(partitioning, models.leading_shape, models.width, student.dtype, weights=mask)
     return token_values(
-        models,
-        rows,
+        partitioning,
+        student,
         divergence=ENTROPY,
+        mask=mask,
         temperature=temperature,
-        is_tempered=is_tempered,
+        chunk_size=chunk_size,
         implementation=implementation,
     )

@@ -1,18 +1,14 @@
 """Log-probabilities of labels without the (N, V) logits, a token or a sequence: what losses are made of."""
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkd.logits import Source
-from jaxkd.loop import Sharding, count_rows
-from jaxkd.loop.checks import check_row_arguments, check_scalar, check_source, known_to_be
-from jaxkd.loop.flattening import check_sources, on_auto_axes
-from jaxkd.loop.partitioning import Partitioning, partitioning_of
-from jaxkd.losses.flat_models import flat_models
+from jaxkd.loop import Sharding
+from jaxkd.loop.checks import check_row_arguments, check_scalar, check_source
+from jaxkd.loop.flattening import check_sources
+from jaxkd.loop.partitioning import partitioning_of
 from jaxkd.losses.token_values import token_values
 
 
@@ -39,8 +35,7 @@ def token_log_probs(
         vocabulary other than ``ignore_index`` gives NaN.
       temperature: divides the logits; a constant to differentiation.
       ignore_index: the label of a row that does not count.
-      chunk_size: rows whose logits exist at a time, at most; None chooses by rows, bytes and
-        platform.
+      chunk_size: rows whose logits exist at a time, at most; None chooses by rows, bytes and platform.
       implementation, sharding: as in `distillation_loss`.
 
     Returns:
@@ -61,31 +56,13 @@ def token_log_probs(
     check_scalar("temperature", temperature, above=0)
     partitioning = partitioning_of(sharding, student)
     check_sources(partitioning, student)
-    is_tempered = not known_to_be(temperature, 1)
-    of_arrays = partial(_log_probs_of_arrays, partitioning, ignore_index, is_tempered, chunk_size, implementation)
-    return on_auto_axes(partitioning, of_arrays, student, labels, temperature, gives_rows=True)
-
-
-def _log_probs_of_arrays(
-    partitioning: Partitioning,
-    ignore_index: int,
-    is_tempered: bool,
-    chunk_size: int | None,
-    implementation: str | None,
-    student: Any,
-    labels: Any,
-    temperature: Any,
-) -> jax.Array:
-    models = flat_models(partitioning, student, chunk_size=chunk_size, implementation=implementation)
-    rows = count_rows(
-        partitioning, models.leading_shape, models.width, student.dtype, labels=labels, ignore_index=ignore_index
-    )
     return token_values(
-        models,
-        rows,
-        divergence=None,
+        partitioning,
+        student,
+        labels=labels,
+        ignore_index=ignore_index,
         temperature=temperature,
-        is_tempered=is_tempered,
+        chunk_size=chunk_size,
         implementation=implementation,
     )
 

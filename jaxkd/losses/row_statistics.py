@@ -174,7 +174,7 @@ class _Statistics:
         rows = ChunkRows(logits, top if self.labels is None else self.labels, one, one, jnp.ones_like(self.temperature))
         options = RowOptions(has_labels=self.labels is not None, is_tempered=False, shards=self.shards)
         result = self.of_student(replace(rows, divergence=ENTROPY), options, None)
-        log_normalizer = result.sums.plain.top + result.sums.plain.log_total
+        log_normalizer = result.sums.plain.value
         values = {"loss": log_normalizer, "log_normalizer": log_normalizer, "entropy": result.soft, "top": top}
         if self.labels is not None:
             values |= {"log_prob": -result.hard.nll, "correct": top == self.labels}

@@ -1,6 +1,7 @@
 """One number a row, of its label or of a soft loss, and the gradient from the sums that the forward pass kept."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -10,28 +11,79 @@ from jaxtyping import Array, Float, Int
 from jaxkd.divergences import AnyDivergence, Divergence
 from jaxkd.kernels import ChunkRows, RowLosses, RowOptions, RowSums, names_of_sums, row_gradient, row_losses_for
 from jaxkd.logits import Place, take_rows
-from jaxkd.loop import CountedRows, map_rows, weighted
-from jaxkd.loop.checks import sound_temperature
-from jaxkd.loop.flattening import with_leading_axes
-from jaxkd.loop.partitioning import ROWS
-from jaxkd.losses.flat_models import FlatModels
+from jaxkd.loop import count_rows, map_rows, weighted
+from jaxkd.loop.checks import known_to_be, sound_temperature
+from jaxkd.loop.flattening import on_auto_axes, with_leading_axes
+from jaxkd.loop.partitioning import ROWS, Partitioning
+from jaxkd.losses.flat_models import flat_models
 
 
 def token_values(
-    models: FlatModels,
-    rows: CountedRows,
+    partitioning: Partitioning,
+    student: Any,
+    teacher: Any = None,
     *,
-    divergence: AnyDivergence | None,
+    divergence: AnyDivergence | None = None,
+    labels: Any = None,
+    mask: Any = None,
+    ignore_index: int = -100,
     temperature: Any,
-    is_tempered: bool,
     vocabulary: str | None = None,
-    implementation: str | None = None,
+    chunk_size: int | None,
+    implementation: str | None,
 ) -> Float[Array, "..."]:
     """The divergence of each row, or without one the log-probability of its label, at the temperature.
 
-    0, and without a gradient, in a row that does not count.
+    0, and without a gradient, in a row that does not count: by its label or by the mask. ``teacher`` is as the loop
+    takes its rows, or None for one head.
     """
+    of_arrays = partial(
+        _of_arrays,
+        partitioning=partitioning,
+        ignore_index=ignore_index,
+        is_tempered=not known_to_be(temperature, 1),
+        vocabulary=vocabulary,
+        chunk_size=chunk_size,
+        implementation=implementation,
+    )
+    arrays = student, teacher, divergence, labels, mask, temperature
+    return on_auto_axes(partitioning, of_arrays, *arrays, gives_rows=True)
+
+
+def _of_arrays(
+    student: Any,
+    teacher: Any,
+    divergence: AnyDivergence | None,
+    labels: Any,
+    mask: Any,
+    temperature: Any,
+    *,
+    partitioning: Partitioning,
+    ignore_index: int,
+    is_tempered: bool,
+    vocabulary: str | None,
+    chunk_size: int | None,
+    implementation: str | None,
+) -> Float[Array, "..."]:
+    models = flat_models(
+        partitioning,
+        student,
+        teacher,
+        vocabulary=vocabulary,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        divergence=divergence,
+    )
     dtype, teacher = models.student.dtype, models.teacher
+    rows = count_rows(
+        partitioning,
+        models.leading_shape,
+        models.width,
+        dtype,
+        labels=labels,
+        weights=mask,
+        ignore_index=ignore_index,
+    )
     divergence = jax.tree.map(lambda x: jnp.asarray(x, dtype), divergence)
     in_buckets = teacher is not None and teacher.IN_BUCKETS
     loss = _TokenValues(
@@ -51,7 +103,7 @@ def token_values(
         ),
     )
     values = map_rows(loss, models.student, rows.is_counted, models.plan)
-    return with_leading_axes(models.plan.partitioning, values["loss"], models.leading_shape)
+    return with_leading_axes(partitioning, values["loss"], models.leading_shape)
 
 
 @jax.tree_util.register_dataclass
