@@ -133,6 +133,7 @@ DIVERGENCES = {
     "renyi": Case(lambda: jaxkd.renyi(), renyi(0.5)),
 }
 ONE_OF_EACH = [name for name in DIVERGENCES if not name[-1].isdigit()]
+WITH_JUMPS = ("total_variation", "overlap_nll")  # whose slope is a sign, on either side where p and q nearly agree
 
 
 # Models

@@ -167,10 +167,10 @@ def test_rows_of_two_heads(name, dtype, kernel_of_two):
     got = rows_of_two(divergence, student, teacher, temperature, kernel_of_two)
     twins = cases.twin(student), cases.twin(teacher)
     truth = row_cases.divergences(*twins, COUNTED, UPSTREAM, name, temperature)
-    # Where p nearly equals q the sign of their difference, which these have for a slope, is that of a rounding.
-    has_jumps = 2 if divergence in ("total_variation", "overlap_nll") else 1
-    row_cases.check(got, truth, value=3e-5, gradient=has_jumps * BOUNDS[dtype])
-    assert_close(got, rows_of_two(divergence, student, teacher, temperature, "xla"), 2 * has_jumps * BOUNDS[dtype])
+    # The slope of these is a sign: one token in a million has a p that equals q but for a rounding.
+    bound = max(BOUNDS[dtype], 1e-3) if name in cases.WITH_JUMPS else BOUNDS[dtype]
+    row_cases.check(got, truth, value=3e-5, gradient=bound)
+    assert_close(got, rows_of_two(divergence, student, teacher, temperature, "xla"), 2 * bound)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -169,8 +169,8 @@ def alpha_beta(alpha: float, beta: float) -> Divergence:
     s = alpha + beta
 
     def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-        p, q = log_p.exp(), log_q.exp()
-        return (alpha / s * p**s + beta / s * q**s - p**alpha * q**beta).sum(-1) / (alpha * beta)
+        both = (alpha * log_p + beta * log_q).exp()  # not p**alpha, whose slope at 0 is infinite
+        return (alpha / s * (s * log_p).exp() + beta / s * (s * log_q).exp() - both).sum(-1) / (alpha * beta)
 
     return divergence
 

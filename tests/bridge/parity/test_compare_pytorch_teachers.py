@@ -21,7 +21,8 @@ def test_comparison(comparison):
 @pytest.mark.gpu
 def test_errors_are_within_their_bounds_on_a_gpu():
     for case in compare_pytorch_teachers.comparisons("cuda"):
-        assert compare(case).passed, case
+        result = compare(case)
+        assert result.passed, result
 
 
 @pytest.mark.parametrize("part", ["bias", "scale", "softcap"])

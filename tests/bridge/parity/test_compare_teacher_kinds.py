@@ -21,7 +21,9 @@ def test_comparison(comparison):
 
 @pytest.mark.gpu
 def test_errors_are_within_their_bounds_on_a_gpu():
-    assert all(compare(case).passed for case in compare_teacher_kinds.comparisons("cuda"))
+    for case in compare_teacher_kinds.comparisons("cuda"):
+        result = compare(case)
+        assert result.passed, result
 
 
 WRONG = {
