@@ -9,13 +9,14 @@ import source_tree
 
 PAGES = [source_tree.ROOT / "README.md", *sorted((source_tree.ROOT / "docs").rglob("*.md"))]
 IDS = [str(page.relative_to(source_tree.ROOT)) for page in PAGES]
-# jaxkd.NAME, or in a table `preference.NAME`; then the arguments of a call, if it is one.
-NAMES = re.compile(r"((?:(?<![\w./-])(?:jaxkd|torch_bridge)|(?<=`)(?:preference|embedding))(?:\.\w+)+)(?:\(([^()]*))?")
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]+)\)")
+# And the arguments of a call, if it is one. NAME stands for any.
+NAME = re.compile(r"(?<![\w./-])((?:jaxkd|torch_bridge)(?:\.(?!NAME)\w+)+)(?:\(([^()]*))?")
 
 
 def found(name):
     """What a dotted name stands for."""
-    package, *parts = (f"jaxkd.{name}" if name.startswith(("preference", "embedding")) else name).split(".")
+    package, *parts = name.split(".")
     thing = importlib.import_module(package)
     for part in parts:
         if not hasattr(thing, part) and inspect.ismodule(thing):
@@ -27,7 +28,7 @@ def found(name):
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_names_exist(page):
     missing = []
-    for name, arguments in NAMES.findall(page.read_text()):
+    for name, arguments in NAME.findall(LINK.sub("", page.read_text())):
         if name.startswith("torch_bridge"):
             pytest.importorskip("torch")
         try:
@@ -35,16 +36,17 @@ def test_names_exist(page):
         except (AttributeError, ModuleNotFoundError):
             missing.append(name)
             continue
-        known = inspect.signature(thing).parameters if callable(thing) else {}
-        if not any(x.kind == x.VAR_KEYWORD for x in known.values()):
-            missing += [f"{name}({x}=)" for x in re.findall(r"(\w+)=(?!=)", arguments) if x not in known]
+        if keywords := re.findall(r"(\w+)=(?!=)", arguments):
+            known = inspect.signature(thing).parameters
+            takes_any = any(x.kind == x.VAR_KEYWORD for x in known.values())
+            missing += [f"{name}({x}=)" for x in keywords if not takes_any and x not in known]
     assert not missing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_links_lead_somewhere(page):
     broken = []
-    for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", page.read_text()):
+    for link in LINK.findall(page.read_text()):
         path, _, heading = link.partition("#")
         target = page.parent / path if path else page
         if not target.exists() or (heading and heading not in headings(target)):
