@@ -23,6 +23,7 @@ from examples.smollm2.memory import loss_memory
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "torch_bridge" / "measured"
+FOLDER = ROOT / "docs" / "pictures"
 GIB = 2**30
 
 # The colours of Okabe and Ito, told apart by colour-blind eyes; a contender has the same in every picture.
@@ -37,7 +38,7 @@ CONTENDERS = {
     "TRL chunked": ("TRL, chunked", SKY, "^"),
     "Liger fused": ("Liger, fused", GREEN, "P"),
 }
-STYLE = {
+STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -343,7 +344,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of the documentation.")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(PICTURES)}; all, where none is named")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="their folder")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - PICTURES.keys():
         parser.error(f"no picture is named {', '.join(sorted(unknown))}; there are {', '.join(PICTURES)}")
