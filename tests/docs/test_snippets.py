@@ -54,7 +54,6 @@ def same_output(printed, shown):
 WITH_BLOCKS = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
