@@ -93,7 +93,7 @@ class Divergence:
 
 def zero_where_closed(form: Callable[..., Any], log_p: jax.Array, log_q: jax.Array, x: jax.Array) -> jax.Array:
     """``x``, and 0 where both sides are -inf, which `jaxkd`'s own forms are there by themselves."""
-    if getattr(form, "__module__", "").split(".")[0] == "jaxkd":
+    if (getattr(form, "__module__", None) or "").split(".")[0] == "jaxkd":  # None where code was run by `exec`
         return x
     return jnp.where(jnp.maximum(log_p, log_q) == -jnp.inf, 0, x)
 
