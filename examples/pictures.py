@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxkd
+from examples.smollm2 import spread
 from examples.smollm2.memory import loss_memory
 
 ROOT = Path(__file__).parents[1]
@@ -335,9 +336,22 @@ def scaling() -> Figure:
     return figure
 
 
+def which_divergence() -> Figure:
+    """Scores of SmolLM2's students."""
+    return spread.picture(json.loads((ROOT / "examples" / "measured" / "which_divergence_h100.json").read_text()))
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     function.__name__: function
-    for function in (training_step, memory_against_rows, time_against_vocabulary, gradient_error, divergences, scaling)
+    for function in (
+        training_step,
+        memory_against_rows,
+        time_against_vocabulary,
+        gradient_error,
+        divergences,
+        scaling,
+        which_divergence,
+    )
 }
 
 

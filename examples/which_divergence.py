@@ -77,7 +77,7 @@ def run(settings, device, console):
     ]
     results = {"settings": job.identity, "teacher": last_scores(opened.log, TEACHER), "students": students}
     spread.save(settings.out / "scores.json", results)
-    spread.draw(settings.out / "scores.png", results)
+    spread.picture(results).savefig(settings.out / "scores.png", dpi=120)
     for table in spread.tables(results):
         console.print(table)
     console.print(f"{time.perf_counter() - began:.0f} s; scores, their picture and the log are in {settings.out}")

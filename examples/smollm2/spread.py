@@ -52,7 +52,7 @@ def mean_and_spread(key, values):
     return f"{mean} ± {SCORES[key].form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
-def draw(path, results):
+def picture(results):
     """A panel a score and a row a depth: a dot for each seed of each arm, but for what was not trained."""
     keys = list(SCORES)
     rows = depths(results)
@@ -70,4 +70,4 @@ def draw(path, results):
         if "next_token_loss" in results["teacher"]:
             line[0].axvline(results["teacher"]["next_token_loss"], color="grey", linestyle="--")
     panels[0, 0].invert_yaxis()  # of all: they share it
-    figure.savefig(path, dpi=120)
+    return figure

@@ -17,7 +17,7 @@ def draw(name, folder):
     assert (folder / f"{name}.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["training_step", "time_against_vocabulary", "scaling"])
+@pytest.mark.parametrize("name", ["training_step", "time_against_vocabulary", "scaling", "which_divergence"])
 def test_drawn_again(name, tmp_path):
     draw(name, tmp_path)
 
