@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\nOn {HELD_OUT_PAIRS} held-out pairs: accuracy {accuracy:.3f}, margin {gap:.4f} nats a word")
 
     step_axis, *curves = np.array(history).T
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     titles = (
         "held out: chosen answer gained more",
         "held out: nats a word that it gained more",
@@ -139,6 +139,9 @@ def main(arguments: list[str] | None = None) -> None:
     for axis, title, curve in zip(axes, titles, curves, strict=True):
         axis.plot(step_axis, curve)
         axis.set(title=title, xlabel=f"steps of {options.loss}")
+    axes[0].axhline(0.5, color="grey", linestyle="--", label="chance")
+    axes[0].set_ylim(0, 1)
+    axes[0].legend(loc="lower right")
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.plot, dpi=120)
     pyplot.close(figure)

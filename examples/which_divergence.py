@@ -6,7 +6,8 @@ Students of ``--student-layers`` evenly spaced layers take ``--steps`` steps on 
 (``--text`` for others): with cross-entropy alone, with each divergence alone, and on policy, where forward KL warms up
 and then a share of the batches are the student's own samples with reverse KL on them. All students of a depth start the
 same; a seed is another order of the data and other samples. The folder ``--out`` gets what ``examples.distill_smollm2``
-writes, all scores as ``scores.json``, and a picture of them. A GPU is wanted: 36 students take 10 minutes on an H100.
+writes, all scores as ``scores.json``, and a picture of them. A GPU is wanted: 36 students take 25 minutes on an H100
+(``examples/measured/which_divergence_h100.json``).
 """
 
 import os
@@ -20,7 +21,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX leav
 import torch
 from flax import nnx
 
-from examples.smollm2 import arms, comparison, flags, run_folder, sampling, text, training
+from examples.smollm2 import arms, flags, run_folder, sampling, spread, text, training
 from examples.smollm2.job import launch, prepare
 from examples.smollm2.model import student_from_teacher
 from examples.smollm2.teacher import end_tokens
@@ -56,7 +57,7 @@ def run(settings, device, console):
         graphdef, start = nnx.split(student)
         sample_batch = sample_batch_of(graphdef)
         evaluate = make_evaluate(graphdef, sample_batch, job, settings.seed)
-        models[f"{layers} layers, untrained"] = layers, comparison.UNTRAINED, settings.seed
+        models[f"{layers} layers, untrained"] = layers, spread.UNTRAINED, settings.seed
         if opened.is_new:
             opened.log.write("held_out", 0, model=f"{layers} layers, untrained", step=0, **evaluate(start))
         optimizer = training.optimizer_for(settings.learning_rate, settings.steps)
@@ -75,9 +76,9 @@ def run(settings, device, console):
         for name, (layers, arm, seed) in models.items()
     ]
     results = {"settings": job.identity, "teacher": last_scores(opened.log, TEACHER), "students": students}
-    comparison.save(settings.out / "scores.json", results)
-    comparison.draw(settings.out / "scores.png", results)
-    for table in comparison.tables(results):
+    spread.save(settings.out / "scores.json", results)
+    spread.picture(results).savefig(settings.out / "scores.png", dpi=120)
+    for table in spread.tables(results):
         console.print(table)
     console.print(f"{time.perf_counter() - began:.0f} s; scores, their picture and the log are in {settings.out}")
     return 0
@@ -85,7 +86,7 @@ def run(settings, device, console):
 
 def last_scores(log, model):
     record = log.held_out(model)[-1]
-    return {key: record[key] for key in comparison.SCORES if key in record}
+    return {key: record[key] for key in spread.SCORES if key in record}
 
 
 def takes_of(graphdef, optimizer, sample_batch, settings, chunk_size):

@@ -51,7 +51,7 @@ class ShownBriefly:
 
 def is_own(function: Any) -> bool:
     """Whether jaxkd defines it."""
-    return getattr(function, "__module__", "").split(".")[0] == "jaxkd"
+    return (getattr(function, "__module__", None) or "").split(".")[0] == "jaxkd"  # None where code was run by `exec`
 
 
 def logits_dtype(x: Any) -> jnp.dtype:

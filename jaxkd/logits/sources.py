@@ -178,7 +178,7 @@ class Logits(_ArrayFields):
     """
 
     ROWS: ClassVar[str] = "values"
-    DIMS: ClassVar = {"values": ("rows", "vocabulary")}
+    DIMS: ClassVar[dict[str, Any]] = {"values": ("rows", "vocabulary")}
     IN_BUCKETS: ClassVar[bool] = False
     is_linear: ClassVar[bool] = False  # there is no product
 

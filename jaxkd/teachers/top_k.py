@@ -67,7 +67,7 @@ class TopKLogProbs(ShownBriefly):
     """
 
     ROWS: ClassVar[str] = "log_probs"
-    DIMS: ClassVar = {"log_probs": ("rows", None), "token_ids": ("rows", None)}
+    DIMS: ClassVar[dict[str, Any]] = {"log_probs": ("rows", None), "token_ids": ("rows", None)}
     IN_BUCKETS: ClassVar[bool] = True
 
     log_probs: Any

@@ -6,7 +6,7 @@ import pytest
 from smollm2_cases import interrupt_after, records, save_tiny_teacher
 
 from examples import which_divergence
-from examples.smollm2 import comparison, flags, text
+from examples.smollm2 import flags, spread, text
 
 STEPS = 8
 ARMS = ("cross_entropy", "reverse_kl", "on_policy")
@@ -47,8 +47,8 @@ def test_batches_are_the_students_own_after_the_warm_up(run):
 
 
 def test_mean_and_spread_by_hand():
-    assert comparison.mean_and_spread("next_token_loss", [1.0, 2.0, 3.0]) == "2.000 ± 1.000"
-    assert comparison.mean_and_spread("agreement", [0.5]) == "50.0%"
+    assert spread.mean_and_spread("next_token_loss", [1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+    assert spread.mean_and_spread("agreement", [0.5]) == "50.0%"
 
 
 def test_standard_library_has_no_tests():

@@ -32,19 +32,18 @@ def depths(results):
 def tables(results):
     """A rich table a depth."""
     for layers in depths(results):
-        groups = grouped(results, layers)
-        seeds = max(len(values) for scores in groups.values() for values in scores.values())
         table = Table(
-            title=f"{layers} layers, on held-out text: mean of {seeds} seeds ± their standard deviation",
+            title=f"{layers} layers, on held-out text: mean of the seeds ± their standard deviation",
             caption="; ".join(score.meaning for score in SCORES.values()),
             caption_justify="left",
         )
         table.add_column("arm")
+        table.add_column("seeds", justify="right")
         for score in SCORES.values():
             table.add_column(score.header, justify="right")
-        table.add_row("teacher", *(shown(results["teacher"], key) for key in SCORES))
-        for arm, scores in groups.items():
-            table.add_row(arm, *(mean_and_spread(key, scores[key]) for key in SCORES))
+        table.add_row("teacher", "-", *(shown(results["teacher"], key) for key in SCORES))
+        for arm, scores in grouped(results, layers).items():
+            table.add_row(arm, str(len(scores["jsd"])), *(mean_and_spread(key, scores[key]) for key in SCORES))
         yield table
 
 
@@ -53,7 +52,7 @@ def mean_and_spread(key, values):
     return f"{mean} ± {SCORES[key].form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
-def draw(path, results):
+def picture(results):
     """A panel a score and a row a depth: a dot for each seed of each arm, but for what was not trained."""
     keys = list(SCORES)
     rows = depths(results)
@@ -67,8 +66,8 @@ def draw(path, results):
             axes.set_yticks(range(len(groups)), [arm.replace("_", " ") for arm in groups])
             axes.set_xlabel(SCORES[key].header)
             axes.grid(alpha=0.3)
-        line[0].invert_yaxis()
         line[0].set_title(f"{layers} layers", loc="left")
         if "next_token_loss" in results["teacher"]:
             line[0].axvline(results["teacher"]["next_token_loss"], color="grey", linestyle="--")
-    figure.savefig(path, dpi=120)
+    panels[0, 0].invert_yaxis()  # of all: they share it
+    return figure
