@@ -20,7 +20,11 @@ def check_source(source: Any, prefix: str) -> None:
             raise ValueError(f"`{prefix}values` is a scalar; give logits of shape (..., V)")
     else:
         name = prefix.rstrip("._")
-        raise TypeError(f"`{name}` is a {type(source).__name__}; give a jaxkd.LinearLogits or a jaxkd.Logits")
+        is_array = isinstance(source, (jax.Array, np.ndarray))
+        kind = "an array" if is_array else f"a {type(source).__name__}"
+        raise TypeError(
+            f"`{name}` is {kind}; give a jaxkd.LinearLogits of hidden states and head, or a jaxkd.Logits of logits"
+        )
     if source.vocabulary < 1:
         raise ValueError(
             f"`{prefix}{'weight' if isinstance(source, LinearLogits) else 'values'}` has no vocabulary (V=0)"
@@ -95,6 +99,8 @@ def check_labels(labels: Any, rows: tuple[int, ...], name: str) -> None:
     shape = jnp.shape(labels)
     if shape != rows:
         hint = "; take the last axis off, `labels[..., 0]`" if shape == (*rows, 1) else "; give one label a row"
+        if rows and shape == (*rows[:-1], rows[-1] - 1):
+            hint += ", as jaxkd.shift_labels(tokens) does, with -100 behind the last token"
         raise ValueError(f"`labels` has shape {shape} but `{name}` has leading shape {rows}{hint}")
 
 

@@ -76,6 +76,7 @@ LABELS = {
     "float": (np.ones(7, np.float32), TypeError, "`labels` is float32; give integer token ids"),
     "column": (np.ones((7, 1), int), ValueError, r"`labels` has shape \(7, 1\).*\(7,\); take the last axis off"),
     "one more": (np.ones(8, int), ValueError, r"`labels` has shape \(8,\).*\(7,\); give one label a row"),
+    "one fewer": (np.ones(6, int), ValueError, r"\(6,\).*\(7,\); give one label a row, as jaxkd\.shift_labels"),
     "text": ("tokens", TypeError, "`labels` is a str; give an array"),
 }
 
