@@ -19,6 +19,12 @@ from jaxkd.loop.collectives import is_checked
 from jaxkd.loop.handed_functions import check_elementwise
 from jaxkd.loop.platform import target_device, target_platform
 
+
+def _too_old_for_mosaic() -> str | None:
+    is_old = jax.__version_info__ < (0, 11)
+    return f"it is tested from jax 0.11 on and this is {jax.__version__}" if is_old else None
+
+
 _kernels: dict[str, ModuleType] = {}
 _missing: dict[str, str] = {}
 try:
@@ -26,7 +32,9 @@ try:
 
     _kernels["mosaic"] = pallas_mosaic_gpu
 except ImportError as error:  # its interface is not stable yet
-    _missing["mosaic"] = f"jax {jax.__version__} has no Pallas Mosaic GPU as this kernel needs it ({error})"
+    _missing["mosaic"] = _too_old_for_mosaic() or (
+        f"jax {jax.__version__} has no Pallas Mosaic GPU as this kernel needs it ({error})"
+    )
 try:
     from jaxkd.kernels import pallas_triton
 
@@ -141,8 +149,8 @@ def obstacle(implementation: str, chunk: Chunk, divergence: AnyDivergence | None
 
 def _mosaic_obstacle(chunk: Chunk) -> str | None:
     kernel, width = _kernels["mosaic"], chunk.student_width
-    if jax.__version_info__ < (0, 11):
-        return f"it is tested from jax 0.11 on and this is {jax.__version__}"
+    if reason := _too_old_for_mosaic():
+        return reason
     if not any(name in target_device() for name in ("H100", "H200")):
         return f"it is tested on H100 and H200 and this is {target_device()!r}"
     if chunk.teacher_width not in (None, width):
