@@ -3,6 +3,11 @@
 Rooms, arrows only downward: `parity` and `benchmark` (commands) -> `reference`, `teachers` -> `convert`, `autograd`.
 """
 
+from importlib.util import find_spec
+
+if find_spec("torch") is None:
+    raise ModuleNotFoundError("torch_bridge needs PyTorch: pip install -e '.[torch]'", name="torch")
+
 from torch_bridge import reference as reference
 from torch_bridge.autograd import torch_loss as torch_loss
 from torch_bridge.convert import borrow_as_jax as borrow_as_jax
