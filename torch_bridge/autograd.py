@@ -39,6 +39,8 @@ def torch_loss(function: Callable[..., Any], **options: Any) -> Callable[..., tu
     Raises:
       TypeError, ValueError: a tensor cannot cross to JAX (see `borrow_as_jax`), or what `function` raises.
     """
+    if not callable(function):
+        raise TypeError(f"`function` is {function!r}; give a loss itself, such as jaxkd.fused_linear_jsd")
 
     def loss_fn(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         leaves, tree = jax.tree.flatten((args, {**options, **kwargs}))

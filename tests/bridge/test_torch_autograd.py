@@ -261,6 +261,8 @@ def test_errors_of_the_loss_and_the_bridge_come_through():
     made = tensors()
     with pytest.raises(TypeError, match=r"jax\.lax\.stop_gradient"):
         torch_loss(jaxkd.fused_linear_jsd)(**made, temperature=torch.tensor(2.0, requires_grad=True))
+    with pytest.raises(TypeError, match="`function` is 'jsd'; give a loss itself"):
+        torch_loss("jsd")
     with pytest.raises(ValueError, match="beta"):
         torch_loss(jaxkd.fused_linear_jsd, beta=1.5)(**made)
     with pytest.raises(TypeError, match="narrowed to float32"):
