@@ -1,6 +1,6 @@
 """`python -m jaxkd.doctor`: what runs here and what does not, how exact and how fast it is, and what to do about it.
 
-Takes some ten seconds on a CPU, and no memory to speak of. Exit status: 0, or 1 where a loss is wrong or fails.
+Takes half a minute on a CPU, and no memory to speak of. Exit status: 0, or 1 where a loss is wrong or fails.
 """
 
 import argparse
