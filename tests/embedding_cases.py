@@ -6,11 +6,12 @@ from functools import cache, cached_property, partial
 import cases
 import jax
 import numpy as np
+import pytest
 from quick_programs import QUICK
 
 from jaxkd import embedding
 
-B, D, K = 23, 7, 2
+B, D, K = 19, 5, 2
 LABELS = np.random.default_rng(1).integers(4, size=B)
 GRADES = np.random.default_rng(2).integers(5, size=B) / 4
 WEIGHTS = np.random.default_rng(3).integers(3, size=B).astype(np.float64)
@@ -248,6 +249,11 @@ TRUTH = {
         score_distillation,
     )
 }
+
+
+def slow_unless(fast, values):
+    """Values as parameters of a test, slow but for these."""
+    return [x if x in fast else pytest.param(x, marks=pytest.mark.slow) for x in values]
 
 
 class Case:

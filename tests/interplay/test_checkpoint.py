@@ -76,9 +76,9 @@ def test_row_losses(plain):
 @pytest.mark.parametrize("framework", ["nnx", "linen"])
 def test_remat_of_flax(framework):
     """`nnx.remat` of a method and `linen.remat` of a module that have a loss of jaxkd inside."""
-    flax = pytest.importorskip("flax")
+    pytest.importorskip("flax")
     if framework == "nnx":
-        nnx = flax.nnx
+        from flax import nnx
 
         class Model(nnx.Module):
             def __init__(self):
@@ -90,7 +90,7 @@ def test_remat_of_flax(framework):
 
         results = [nnx.jit(nnx.value_and_grad(loss))(Model(), INPUTS) for loss in (Model.loss, nnx.remat(Model.loss))]
     else:
-        linen = flax.linen
+        from flax import linen
 
         class Model(linen.Module):
             @linen.compact
