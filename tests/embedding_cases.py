@@ -6,7 +6,6 @@ from functools import cache, cached_property, partial
 import cases
 import jax
 import numpy as np
-import pytest
 from quick_programs import QUICK
 
 from jaxkd import embedding
@@ -249,11 +248,6 @@ TRUTH = {
         score_distillation,
     )
 }
-
-
-def slow_unless(fast, values):
-    """Values as parameters of a test, slow but for these."""
-    return [x if x in fast else pytest.param(x, marks=pytest.mark.slow) for x in values]
 
 
 class Case:

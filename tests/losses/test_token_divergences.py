@@ -115,7 +115,7 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("name", slow(TEACHERS, "Logits", "narrower", "wider", "earth_mover"))
+@pytest.mark.parametrize("name", slow(TEACHERS, "Logits", "narrower", "wider", "earth_mover", "mse", "TopKLogProbs"))
 def test_rows_are_those_of_the_distillation_loss(name):
     """Each alone; and the gradient of their weighted sum is that of the loss with these weights."""
     teacher, divergence, options = TEACHERS[name](TEACHER.astype(jnp.float32))
