@@ -100,8 +100,12 @@ def pytest_configure(config):
 
 def pytest_sessionstart():
     """Tracing makes many objects and few cycles: a tenth of the time is the collector's otherwise."""
-    gc.freeze()
     gc.set_threshold(200_000, 20, 20)
+
+
+def pytest_collection_finish():
+    """What tests import stays: no collection of garbage goes through it again."""
+    gc.freeze()
 
 
 def pytest_xdist_auto_num_workers(config):
