@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 import jaxkd
+from examples.printing import Table
 from examples.train_nnx import LENGTH, VOCABULARY, Decoder, cross_entropy
 from examples.words import random_windows, read_words
 from jaxkd import preference
@@ -88,12 +89,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     train, held_out = read_words(VOCABULARY, held_out=20_000)
     rng = np.random.default_rng(0)
+    print("A decoder of 1 layer learns Python's manual, then to prefer rarer words. The first steps compile.")
+    progress = Table("The text, by the loss of a batch in nats a word", "step", "next-token loss")
     policy = Decoder(64, 1, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(policy, optax.adamw(3e-3), wrt=nnx.Param)
     for step in range(1, steps + 1):
         loss = teach(policy, optimizer, random_windows(train, rng, BATCH, LENGTH))
         if step % 25 == 0 or step == steps:
-            print(f"text {step:4d}  next-token loss {loss:.3f}")
+            progress.row(f"{step}", f"{loss:.3f}")
 
     @nnx.jit
     def align(policy: Decoder, reference: Decoder, optimizer: nnx.Optimizer, pairs: Pairs) -> preference.Metrics:
@@ -111,16 +114,23 @@ def main(arguments: list[str] | None = None) -> None:
     unseen = draw_pairs(held_out, rng, HELD_OUT_PAIRS)
     optimizer = nnx.Optimizer(policy, optax.adamw(1e-3), wrt=nnx.Param)
     history = []
+    columns = "margin of the batch", "held out: accuracy", "nats a word"
+    progress = Table(
+        f"Alignment by {options.loss}. Accuracy: how often the chosen answer gained more than the other over the\n"
+        "model before alignment, where 0.5 is chance; then how much more",
+        "step",
+        *columns,
+    )
     for step in range(1, steps + 1):
         metrics = align(policy, reference, optimizer, draw_pairs(train, rng, BATCH))
         if step % 10 == 0 or step == steps:
             accuracy, gap = evaluate(policy, reference)
             history.append((step, float(accuracy), float(gap), float(metrics["margin"])))
-            print(f"{options.loss} {step:4d}  margin of the batch {metrics['margin']:.3f}  held out {accuracy:.3f}")
-    print(f"held out: accuracy {accuracy:.3f}, margin {gap:.4f} nats a word")
+            progress.row(f"{step}", f"{metrics['margin']:.3f}", f"{accuracy:.3f}", f"{gap:.4f}")
+    print(f"\nOn {HELD_OUT_PAIRS} held-out pairs: accuracy {accuracy:.3f}, margin {gap:.4f} nats a word")
 
     step_axis, *curves = np.array(history).T
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     titles = (
         "held out: chosen answer gained more",
         "held out: nats a word that it gained more",
@@ -129,10 +139,13 @@ def main(arguments: list[str] | None = None) -> None:
     for axis, title, curve in zip(axes, titles, curves, strict=True):
         axis.plot(step_axis, curve)
         axis.set(title=title, xlabel=f"steps of {options.loss}")
+    axes[0].axhline(0.5, color="grey", linestyle="--", label="chance")
+    axes[0].set_ylim(0, 1)
+    axes[0].legend(loc="lower right")
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.plot, dpi=120)
     pyplot.close(figure)
-    print(f"plot: {options.plot}")
+    print(f"Plot: {options.plot}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkd
+from examples.printing import Table
 from examples.train_nnx import BATCH, LENGTH, VOCABULARY, Decoder, teach
 from examples.words import random_windows, read_words
 
@@ -89,6 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of the teacher, and then of each student")
     steps = parser.parse_args(arguments).steps
 
+    mesh = make_mesh(jax.devices())
+    print(f"The same {steps} steps of distillation on one device and on the mesh {dict(mesh.shape)}", flush=True)
     words, _ = read_words(VOCABULARY, held_out=1)
     rng = np.random.default_rng(0)
     teacher = Decoder(128, 2, rngs=nnx.Rngs(0))
@@ -99,13 +102,13 @@ def main(arguments: list[str] | None = None) -> None:
     windows = [random_windows(words, rng, BATCH, LENGTH) for _ in range(steps)]
     batches = [(batch, hidden(teacher, batch)) for batch in windows]
 
-    mesh = make_mesh(jax.devices())
     alone, memory_alone = train(make_mesh(jax.devices()[:1]), None, batches, teacher.head.kernel.T)
     losses, memory = train(mesh, jaxkd.Sharding("data", "vocabulary", mesh), batches, teacher.head.kernel.T)
+    table = Table("The loss of a step, JSD + 0.5 cross-entropy", "step", "one device", f"{mesh.size} devices")
     for step in range(0, steps, max(steps // 5, 1)):
-        print(f"step {step + 1:3d}  loss on one device {alone[step]:.5f}  on {mesh.size} {losses[step]:.5f}")
-    print(f"largest difference of {steps} losses: {max(abs(a - b) for a, b in zip(alone, losses, strict=True)):.1e}")
-    print(f"a step on the mesh {dict(mesh.shape)} takes {memory:.1f} MiB of each device, alone {memory_alone:.1f} MiB")
+        table.row(f"{step + 1}", f"{alone[step]:.5f}", f"{losses[step]:.5f}")
+    table.row("MiB a device", f"{memory_alone:.1f}", f"{memory:.1f}")
+    print(f"\nLargest difference of {steps} losses: {max(abs(a - b) for a, b in zip(alone, losses, strict=True)):.1e}")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,10 @@ def run(settings, device, console):
     def score(params):
         return evaluate(params, job.held_out)
 
+    fresh_state = partial(training.fresh_state, start, optimizer, device)
+
     def arm(*weights):
-        return lambda state, _, batch: train_step(state, batch, *weights)
+        return arms.Arm(lambda state, _, batch: train_step(state, batch, *weights), fresh_state, score, settings.seed)
 
     opened = run_folder.begin(folder, job.identity)
     log = opened.log
@@ -69,13 +71,12 @@ def run(settings, device, console):
                 sizes = loss_memory(num_rows, *heads, dtype=job.dtype, **loss_options)
                 log.write("memory", 0, num_rows=num_rows, vocabulary=len(heads[1]), **sizes)
 
-    takes = {CROSS_ENTROPY: arm(0.0, 1.0), DISTILLATION: arm(settings.soft_weight, settings.hard_weight)}
-    fresh_state = partial(training.fresh_state, start, optimizer, device)
-    if not arms.train(takes, fresh_state, score, job, opened, settings, console):
+    students = {CROSS_ENTROPY: arm(0.0, 1.0), DISTILLATION: arm(settings.soft_weight, settings.hard_weight)}
+    if not arms.train(students, job, opened, settings, console):
         return 130
 
-    report.save_curves(folder / "curves.png", log, takes, start=PRUNED, teacher=TEACHER)
-    console.print(report.score_table({name: log.held_out(name)[-1] for name in (TEACHER, PRUNED, *takes)}))
+    report.save_curves(folder / "curves.png", log, students, start=PRUNED, teacher=TEACHER)
+    console.print(report.score_table({name: log.held_out(name)[-1] for name in (TEACHER, PRUNED, *students)}))
     console.print(report.memory_table(log.of("memory")))
     console.print(f"{time.perf_counter() - began:.0f} s; curves, log and the student's checkpoint are in {folder}")
     return 0

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkd
+from examples.printing import Table
 
 LAYOUTS = {"rows": ("x", ()), "vocabulary": ((), "x"), "FSDP": ("x", "x")}  # the axes of rows and vocabulary
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
@@ -105,14 +106,15 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = parser.parse_args(arguments)
 
     devices = jax.devices()
-    print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, {vars(sizes)}")
+    print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}: JSD with all gradients, bfloat16")
+    print(", ".join(f"{name} {value}" for name, value in vars(sizes).items()), flush=True)
+    table: Table | None = None
     runs = [("one device", 1, ("x", ())), *((name, len(devices), LAYOUTS[name]) for name in sizes.layouts)]
     for name, count, axes in runs:
         mesh = jax.make_mesh((count,), ("x",), axis_types=(AxisType.Auto,), devices=devices[:count])
         figures = measure(sizes, mesh, *axes)
-        print(
-            f"{name:>12} on {count}: " + ", ".join(f"{value:.4g} {unit}" for unit, value in figures.items()), flush=True
-        )
+        table = table or Table("A step on each device", "layout, devices", *figures, first=20)
+        table.row(f"{name}, {count}", *(f"{value:.4g}" for value in figures.values()))
 
 
 if __name__ == "__main__":

@@ -19,15 +19,13 @@ from functools import partial
 os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars; ours are rich's
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX leaves PyTorch a quarter of the GPU
 
-import jax
 import torch
 from flax import nnx
 
 import jaxkd
-from examples.smollm2 import arms, flags, report, run_folder, training
+from examples.smollm2 import arms, flags, report, run_folder, sampling, training
 from examples.smollm2.job import launch, prepare
 from examples.smollm2.model import student_from_teacher
-from examples.smollm2.sampling import make_sample_batch, sampled_reverse_kl
 from examples.smollm2.teacher import end_tokens
 
 TEACHER, PRUNED = "teacher", "pruned, untrained"
@@ -44,7 +42,7 @@ def run(settings, device, console):
     graphdef, start = nnx.split(student_from_teacher(torch_model, settings.student_layers, job.dtype))
 
     # Samples are read by a Flax port of the teacher, on the device and in the same program as the sampler.
-    sample_batch = make_sample_batch(
+    sample_batch = sampling.make_sample_batch(
         graphdef,
         student_from_teacher(torch_model, torch_model.config.num_hidden_layers, job.dtype),
         job.held_out.teacher.weight,
@@ -59,7 +57,7 @@ def run(settings, device, console):
     loss_options = {"temperature": settings.temperature, "chunk_size": flags.chunk_size_of(settings, device)}
     text_step = training.make_train_step(graphdef, optimizer, divergence=jaxkd.forward_kl, **loss_options)
     if settings.loss == "sampled":
-        sample_step = training.make_train_step(graphdef, optimizer, sampled_reverse_kl, **loss_options)
+        sample_step = training.make_train_step(graphdef, optimizer, sampling.sampled_reverse_kl, **loss_options)
     else:
         divergence = flags.divergence_of(settings)
         sample_step = training.make_train_step(graphdef, optimizer, divergence=divergence, **loss_options)
@@ -71,18 +69,15 @@ def run(settings, device, console):
         return text_step(state, batch, settings.soft_weight, settings.hard_weight)
 
     def on_policy(state, step, batch):
-        if not is_sampled(step, settings.on_policy, settings.warm_up):
+        if not sampling.is_sampled(step, settings.on_policy, settings.warm_up):
             return off_policy(state, step, batch)
-        batch = sample_batch(state["params"], batch.tokens, key_of(step))
+        batch = sample_batch(state["params"], batch.tokens, sampling.key_of(settings.seed, step))
         return sample_step(state, batch, settings.soft_weight, 0.0)  # its own tokens are no truth to learn
-
-    def key_of(step):
-        return jax.random.fold_in(jax.random.key(settings.seed), step)
 
     score_on_text, sampled_kl = training.make_evaluate(graphdef), training.make_sampled_kl(graphdef)
 
     def evaluate(params):
-        samples = sample_batch(params, job.held_out.tokens, key_of(0))
+        samples = sample_batch(params, job.held_out.tokens, sampling.key_of(settings.seed, 0))
         return score_on_text(params, job.held_out) | {"sampled_kl": sampled_kl(params, samples)}
 
     opened = run_folder.begin(settings.out, job.identity)
@@ -94,19 +89,14 @@ def run(settings, device, console):
 
     takes = {CROSS_ENTROPY: cross_entropy, OFF_POLICY: off_policy, ON_POLICY: on_policy}
     fresh_state = partial(training.fresh_state, start, optimizer, device)
-    if not arms.train(takes, fresh_state, evaluate, job, opened, settings, console):
+    students = {name: arms.Arm(take, fresh_state, evaluate, settings.seed) for name, take in takes.items()}
+    if not arms.train(students, job, opened, settings, console):
         return 130
 
-    report.save_curves(settings.out / "curves.png", log, takes, start=PRUNED, teacher=TEACHER)
-    console.print(report.score_table({name: log.held_out(name)[-1] for name in (TEACHER, PRUNED, *takes)}))
+    report.save_curves(settings.out / "curves.png", log, students, start=PRUNED, teacher=TEACHER)
+    console.print(report.score_table({name: log.held_out(name)[-1] for name in (TEACHER, PRUNED, *students)}))
     console.print(f"{time.perf_counter() - began:.0f} s; curves, log and the checkpoint are in {settings.out}")
     return 0
-
-
-def is_sampled(step, share, warm_up):
-    """Whether the student samples the batch of this step, the first of which is 1: evenly spaced after a warm-up."""
-    after = step - warm_up
-    return after > 0 and int(after * share) > int((after - 1) * share)
 
 
 if __name__ == "__main__":

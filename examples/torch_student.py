@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import jaxkd
+from examples.printing import Table
 from torch_bridge import reference, torch_loss
 
 
@@ -55,6 +56,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     torch.manual_seed(0)
     text, held_out = read_text(options.vocabulary)
 
+    print(f"Python's manual: {len(text)} words to train on, {len(held_out)} held out; losses are in nats a word.")
+    progress = Table("The teacher, 128 wide, learns the text: the loss of a batch", "step", "next-word loss")
     teacher = WordModel(options.vocabulary, width=128)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
     for step, (tokens, labels) in enumerate(batches(text, 2 * options.steps, seed=1)):
@@ -63,9 +66,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         loss.backward()
         optimizer.step()
         if step % 40 == 0:
-            print(f"teacher  step {step:4}  next-word loss {loss.item():.3f}")
+            progress.row(f"{step}", f"{loss.item():.3f}")
     teacher.requires_grad_(False)
 
+    columns = "next-word loss", "JSD to the teacher"
+    progress = Table("The student, 64 wide, learns from teacher and text: the losses of a batch", "step", *columns)
     student = WordModel(options.vocabulary, width=64)
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3)
     loss_fn = torch_loss(jaxkd.fused_linear_jsd, beta=0.5, soft_weight=4.0, hard_weight=1.0)
@@ -75,13 +80,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         loss.backward()
         optimizer.step()
         if step % 20 == 0:
-            print(
-                f"student  step {step:4}  JSD {metrics['soft'].item():.4f}  next-word loss {metrics['hard'].item():.3f}"
-            )
+            progress.row(f"{step}", f"{metrics['hard'].item():.3f}", f"{metrics['soft'].item():.4f}")
 
     # The same loss with all logits formed, in PyTorch alone, on held-out text.
     tokens, labels = next(batches(held_out, 1, seed=3))
     with torch.no_grad():
+        of_teacher = nn.functional.cross_entropy((teacher(tokens) @ teacher.head.T).flatten(0, 1), labels.flatten())
         fused, metrics = loss_fn(student(tokens), student.head, teacher(tokens), teacher.head, labels)
         dense, _ = reference.distillation_loss(
             reference.LinearLogits(student(tokens), student.head),
@@ -91,8 +95,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             soft_weight=4.0,
             hard_weight=1.0,
         )
-    print(f"held out  JSD {metrics['soft'].item():.4f}  next-word loss {metrics['hard'].item():.3f}")
-    print(f"the whole loss: jaxkd {fused.item():.6f}, dense PyTorch {dense.item():.6f}")
+    scores = Table("On held-out text", "model", *columns)
+    scores.row("teacher", f"{of_teacher.item():.3f}", "0")
+    scores.row("student", f"{metrics['hard'].item():.3f}", f"{metrics['soft'].item():.4f}")
+    print("\nThe student's whole loss there, 4 JSD + next-word loss:", end=" ")
+    print(f"jaxkd {fused.item():.6f}, dense PyTorch {dense.item():.6f}")
     return {"fused": fused.item(), "dense": dense.item(), "soft": metrics["soft"].item()}
 
 

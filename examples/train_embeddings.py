@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from examples.printing import Table
 from jaxkd.embedding import info_nce, matryoshka
 
 matplotlib.use("agg")
@@ -109,22 +110,26 @@ def main(arguments: list[str] | None = None) -> None:
     memory = train.lower(encoder, optimizer, next_halves()).compile().memory_analysis()
     assert memory is not None, "this backend does not tell the memory of what it compiles"
     step = memory.temp_size_in_bytes / MIB
-    print(f"{len(passages)} passages, batches of {options.batch}; a step may take {options.memory:g} MiB")
-    print(f"dense similarities: {dense:.1f} MiB; the compiled step: {step:.1f} MiB")
+    print(f"{len(passages)} passages of Python's documentation, whose halves shall find each other")
+    table = Table(f"A step with a batch of {options.batch}, beyond its inputs", "", "MiB", first=20)
+    table.row("as compiled", f"{step:.1f}")
+    table.row("it may take", f"{options.memory:.1f}")
+    table.row("dense similarities", f"{dense:.1f}")
     if not step <= options.memory < dense:
         parser.error(
             f"--memory {options.memory:g} shall hold the step, {step:.1f}, and not the similarities, {dense:.1f}"
         )
 
+    progress = Table("Training: the loss of a batch by components", "step", *map(str, SIZES))
     before = [float(x) for x in accuracies(encoder, unseen)]
     for number in range(1, options.steps + 1):
         metrics = train(encoder, optimizer, next_halves())
         if number % 5 == 0 or number == options.steps:
-            losses = ", ".join(f"{metrics[f'loss_{size}']:.3f}" for size in SIZES)
-            print(f"step {number:3d}  loss by size {losses}")
+            progress.row(f"{number}", *(f"{metrics[f'loss_{size}']:.3f}" for size in SIZES))
     after = [float(x) for x in accuracies(encoder, unseen)]
+    scores = Table(f"Halves found among {len(held_out)} held out", "components", "before", "after")
     for size, old, new in zip(SIZES, before, after, strict=True):
-        print(f"held out, {size:2d} components: found {old:.1%} before, {new:.1%} after")
+        scores.row(f"{size}", f"{old:.1%}", f"{new:.1%}")
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, values in (("before training", before), ("after", after)):
@@ -137,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.plot, dpi=150)
     plt.close(figure)
-    print(f"plot in {options.plot}")
+    print(f"\nPlot: {options.plot}")
 
 
 if __name__ == "__main__":

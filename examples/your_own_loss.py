@@ -21,6 +21,7 @@ import optax
 from flax import nnx
 
 import jaxkd
+from examples.printing import Table
 from examples.train_nnx import BATCH, LENGTH, VOCABULARY, Decoder, teach
 from examples.words import random_windows, read_words
 
@@ -79,12 +80,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     train, held_out = read_words(VOCABULARY, held_out=HELD_OUT_WINDOWS * (LENGTH + 1))
     unseen = held_out.reshape(HELD_OUT_WINDOWS, LENGTH + 1)
+    print(f"A teacher learns Python's manual in {options.steps} steps, then two students from it, by a loss each.")
+    columns = "next-token loss", "JSD to the teacher", "agreement with its likeliest word"
+    table = Table("On held-out text, losses in nats a word", "model", *columns, first=24)
     rng = np.random.default_rng(0)
     teacher = Decoder(128, 2, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(teacher, optax.adamw(3e-3), wrt=nnx.Param)
     for _ in range(options.steps):
-        loss = teach(teacher, optimizer, random_windows(train, rng, BATCH, LENGTH))
-    print(f"teacher, after {options.steps} steps: next-token loss {loss:.3f}")
+        teach(teacher, optimizer, random_windows(train, rng, BATCH, LENGTH))
+    of_teacher = evaluate(teacher, teacher, unseen)
+    table.row("teacher", f"{-of_teacher['log_prob']:.3f}", "0", f"{of_teacher['agrees']:.1%}")
 
     curves = {}
     for name, function in (("forward KL", plain_loss), ("decoupled KL", own_loss)):
@@ -97,10 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
             if step % EVALUATE_EVERY == 0 or step == options.steps:
                 curves[name].append((step, evaluate(student, teacher, unseen)))
         for when, (_, scores) in (("before", curves[name][0]), ("after", curves[name][-1])):
-            print(
-                f"{name}, held out, {when}: JSD {scores['soft']:.4f}, agreement {scores['agrees']:.1%}, "
-                f"next-token loss {-scores['log_prob']:.3f}"
-            )
+            numbers = f"{-scores['log_prob']:.3f}", f"{scores['soft']:.4f}", f"{scores['agrees']:.1%}"
+            table.row(f"{name}, {when}", *numbers)
 
     labels = {"soft": "JSD to the teacher", "agrees": "top-1 agreement", "log_prob": "log-probability of the text"}
     _, panels = plt.subplots(1, len(labels), figsize=(12, 3.5), layout="constrained")
@@ -111,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     panels[0].legend()
     options.out.mkdir(parents=True, exist_ok=True)
     plt.savefig(options.out / "curves.png", dpi=120)
-    print(f"plot: {options.out / 'curves.png'}")
+    print(f"\nPlot: {options.out / 'curves.png'}")
 
 
 if __name__ == "__main__":

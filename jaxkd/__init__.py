@@ -40,6 +40,8 @@ from jaxkd.losses import (
 )
 from jaxkd.teachers import Mixture, Routed, TopKLogProbs, VocabularyMap
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Divergence",
     "LinearLogits",

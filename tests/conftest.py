@@ -19,7 +19,7 @@ import jax
 import jaxtyping
 import pytest
 
-NEEDS_TORCH = ["bridge/*", "*smollm2*.py", "*test_bridge_example.py", "*test_on_policy.py"]
+NEEDS_TORCH = ["bridge/*", "*smollm2*.py", "*test_bridge_example.py", "*test_on_policy.py", "*test_which_divergence.py"]
 
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = NEEDS_TORCH

@@ -3,11 +3,17 @@
 import jax
 
 H100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
+TPU = jax.sharding.AbstractDevice("TPU v5", 1, "tpu")
+MI300X = jax.sharding.AbstractDevice("AMD Instinct MI300X", 304, "rocm")
+
+
+def lower_for(device, function, *shapes):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=(device.platform,))
 
 
 def lower_for_h100(function, *shapes):
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H100)):
-        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    return lower_for(H100, function, *shapes)
 
 
 def triton_calls(lowered):

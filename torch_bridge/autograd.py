@@ -15,8 +15,6 @@ from torch_bridge.convert import borrow_as_jax, borrow_as_torch, to_torch
 def torch_loss(function: Callable[..., Any], **options: Any) -> Callable[..., tuple[torch.Tensor, Any]]:
     """A jaxkd loss as a function of tensors, differentiable by PyTorch.
 
-    ::
-
         loss_fn = torch_loss(jaxkd.fused_linear_jsd, beta=0.5, temperature=2.0)
         loss, metrics = loss_fn(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
         loss.backward()

@@ -17,6 +17,7 @@ DIVERGENCES = {
     "hellinger": lambda _: jaxkd.hellinger,
     "alpha_divergence": lambda alpha: jaxkd.alpha_divergence(0.5 if alpha is None else alpha),
 }
+ARMS = ("cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "on_policy")
 PARAMETER_FREE = ("forward_kl", "reverse_kl", "total_variation", "hellinger")
 
 
@@ -84,9 +85,6 @@ def add_common(parser, *, out, **defaults):
         "--live-teacher", action="store_true", help="the teacher reads in every step; its states are not kept on disk"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    add("--student-layers", metavar="N", type=count, default=15, help="evenly spaced layers of the teacher to keep")
-    add("--divergence", choices=DIVERGENCES, default="jensen_shannon", help="the soft loss")
-    add("--beta", type=share, help="the parameter of jensen_shannon, symmetric_kl, skew_kl or alpha_divergence")
     add("--temperature", metavar="T", type=number(float, above=0), default=1.0, help="divides the soft loss's logits")
     add("--soft-weight", metavar="W", type=number(float, at_least=0), default=4.0, help="weight of the soft loss")
     add("--hard-weight", metavar="W", type=number(float, at_least=0), default=1.0, help="weight of the cross-entropy")
@@ -111,9 +109,24 @@ def add_common(parser, *, out, **defaults):
     return add
 
 
+def add_student(add, *, layers=15, divergence="jensen_shannon"):
+    """The flags of a command with one student and one divergence."""
+    add("--student-layers", metavar="N", type=count, default=layers, help="evenly spaced layers of the teacher to keep")
+    add("--divergence", choices=DIVERGENCES, default=divergence, help="the soft loss")
+    add("--beta", type=share, help="the parameter of jensen_shannon, symmetric_kl, skew_kl or alpha_divergence")
+
+
+def add_sampling(add):
+    """The flags of a command whose student samples."""
+    add("--on-policy", metavar="S", type=share, default=0.5, help="share of batches that the student samples")
+    add("--warm-up", metavar="N", type=number(int, at_least=0), help="steps before it samples; default: half of them")
+    add("--prompt-len", metavar="P", type=count, default=32, help="tokens of a window that the student goes on from")
+    add("--sample-temperature", metavar="T", type=number(float, above=0), default=1.0, help="of the student's sampling")
+
+
 def checked(parser, argv):
     settings = parser.parse_args(argv)
-    if settings.beta is not None and settings.divergence in PARAMETER_FREE:
+    if getattr(settings, "beta", None) is not None and settings.divergence in PARAMETER_FREE:
         parser.error(f"argument --beta: {settings.divergence} has no parameter")
     if settings.soft_weight == settings.hard_weight == 0:
         parser.error("arguments --soft-weight, --hard-weight: both are 0, so there is nothing to train on")
@@ -126,7 +139,7 @@ def parse(argv=None):
         prog="python -m examples.distill_smollm2",
         description="Distil SmolLM2-135M-Instruct into a Flax student with fewer layers, beside cross-entropy alone.",
     )
-    add_common(parser, out="runs/smollm2")
+    add_student(add_common(parser, out="runs/smollm2"))
     return checked(parser, argv)
 
 
@@ -139,32 +152,33 @@ def parse_on_policy(argv=None):
     add = add_common(
         parser,
         out="runs/on_policy",
-        divergence="reverse_kl",
         soft_weight=1.0,
         hard_weight=0.0,
-        student_layers=8,
         steps=32,
         seq_len=96,
         held_out_windows=8,
         eval_every=16,
     )
-    add("--on-policy", metavar="S", type=share, default=0.5, help="share of batches that the student samples")
-    add("--warm-up", metavar="N", type=number(int, at_least=0), help="steps before it samples; default: half of them")
-    add("--prompt-len", metavar="P", type=count, default=32, help="tokens of a window that the student goes on from")
-    add("--sample-temperature", metavar="T", type=number(float, above=0), default=1.0, help="of the student's sampling")
+    add_student(add, layers=8, divergence="reverse_kl")
+    add_sampling(add)
     add(
         "--loss",
         choices=("whole", "sampled"),
         default="whole",
         help="whole: --divergence; sampled: reverse KL estimated",
     )
-    settings = checked(parser, argv)
+    settings = checked_sampling(parser, argv)
     if settings.loss == "sampled" and settings.divergence != "reverse_kl":
         parser.error(
             f"argument --loss: sampled is an estimate of reverse_kl, and --divergence is {settings.divergence}"
         )
     if settings.loss == "sampled" and settings.temperature != settings.sample_temperature:
         parser.error("argument --loss: sampled wants --temperature and --sample-temperature to be the same")
+    return settings
+
+
+def checked_sampling(parser, argv):
+    settings = checked(parser, argv)
     if settings.prompt_len > settings.seq_len:
         parser.error(f"argument --prompt-len: {settings.prompt_len} is longer than --seq-len {settings.seq_len}")
     if settings.soft_weight == 0:
@@ -172,6 +186,40 @@ def parse_on_policy(argv=None):
     if settings.warm_up is None:
         settings.warm_up = settings.steps // 2
     return settings
+
+
+def parse_which_divergence(argv=None):
+    """The same for the command that compares divergences."""
+    parser = Parser(
+        prog="python -m examples.which_divergence",
+        description="Distil SmolLM2-135M-Instruct with one divergence after the other, some seeds of each.",
+    )
+    add = add_common(
+        parser,
+        out="runs/which_divergence",
+        soft_weight=1.0,
+        hard_weight=0.0,
+        steps=400,
+        batch_size=32,
+        seq_len=256,
+        train_windows=12800,
+        held_out_windows=128,
+        checkpoint_every=400,
+        eval_every=100,
+    )
+    add(
+        "--student-layers",
+        metavar="N",
+        type=count,
+        nargs="+",
+        default=[15, 10],
+        help="evenly spaced layers of the teacher to keep, of one student after the other",
+    )
+    add("--arms", metavar="ARM", nargs="+", choices=ARMS, default=list(ARMS), help=f"which of {', '.join(ARMS)}")
+    add("--seeds", metavar="N", type=count, default=3, help="runs of each, from --seed on: another order of the data")
+    add_sampling(add)
+    parser.set_defaults(prompt_len=64)
+    return checked_sampling(parser, argv)
 
 
 def divergence_of(settings):

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 
-from examples.smollm2 import flags, run_folder, teacher, text
+from examples.smollm2 import flags, report, run_folder, teacher, text
 from torch_bridge import TeacherBatch
 from torch_bridge.teachers import model_fingerprint
 
@@ -69,7 +68,7 @@ def prepare(settings, device, console):
     if settings.live_teacher:
         source = teacher.Live(torch_model, windows)
     else:
-        progress = partial(track, description="the teacher reads", console=console, transient=True)
+        progress = partial(report.tracked, description="the teacher reads", console=console)
         source = teacher.cached(
             torch_model, tokenizer, windows, settings.cache, name=teacher_name, dtype=dtype, progress=progress
         )
@@ -88,8 +87,9 @@ def choose_device(wanted):
 
 def split_text(settings, tokenizer, config):
     """The windows held out and those to train on, (N, seq_len + 1) tokens each."""
-    if settings.student_layers > config.num_hidden_layers:
-        raise SettingsError(f"--student-layers {settings.student_layers}: the teacher has {config.num_hidden_layers}")
+    layers = np.max(settings.student_layers)
+    if layers > config.num_hidden_layers:
+        raise SettingsError(f"--student-layers {layers}: the teacher has {config.num_hidden_layers}")
     tokens = tokenizer(text.read_text(settings.text), add_special_tokens=False, verbose=False)["input_ids"]
     windows = text.windows_of(tokens, settings.seq_len)
     if len(windows) < settings.held_out_windows + settings.batch_size:

@@ -1,9 +1,10 @@
 """What the run shows: a live progress bar, the final table, the curves."""
 
+import time
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
 
@@ -35,6 +36,27 @@ def progress_bar(console):
     """A bar for each arm: steps, a note (loss and speed), time left."""
     arm, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
     return Progress(arm, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn(), console=console)
+
+
+class LinesNowAndThen:
+    """What a bar shows, as a line every ``seconds`` where the output is a file or a pipe, in which no bar is drawn."""
+
+    def __init__(self, console, seconds=20):
+        self.console, self.seconds, self.last = console, seconds, time.monotonic()
+
+    def say(self, line):
+        if not self.console.is_terminal and time.monotonic() - self.last >= self.seconds:
+            self.console.print(line)
+            self.last = time.monotonic()
+
+
+def tracked(items, description, console):
+    """``items``, a bar beside them, or a line now and then."""
+    items = list(items)
+    lines = LinesNowAndThen(console)
+    for index, item in enumerate(track(items, description=description, console=console, transient=True)):
+        yield item
+        lines.say(f"{description}: {index + 1} of {len(items)} batches")
 
 
 def shown(scores, key):
@@ -71,14 +93,18 @@ def memory_table(records):
 
 
 def save_curves(path, log, arms, *, start, teacher):
-    """A PNG with a panel a score: the curve of each arm over its steps, from the scores that all start with."""
+    """A PNG with a panel a score: the curve of each arm over its steps.
+
+    What all start with, ``start``, is far from what they reach: it stands below the title and takes no room of theirs.
+    """
     keys = [key for key in SCORES if key in log.held_out(start)[-1]]
     figure = Figure(figsize=(1 + 4 * len(keys), 4), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
         for arm in arms:
-            points = [(record["step"], record[key]) for record in [*log.held_out(start), *log.held_out(arm)]]
+            points = [(record["step"], record[key]) for record in log.held_out(arm)]
             axes.plot(*zip(*points, strict=True), "o-", label=arm)
-        axes.set(title=SCORES[key].header, xlabel="step")
+        before = shown(log.held_out(start)[-1], key)
+        axes.set(title=f"{SCORES[key].header}\n{start}: {before}", xlabel="step")
         axes.grid(alpha=0.3)
     figure.axes[0].axhline(log.held_out(teacher)[-1]["next_token_loss"], color="grey", linestyle="--", label=teacher)
     figure.axes[0].legend()

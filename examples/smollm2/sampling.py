@@ -65,6 +65,17 @@ def sampled_reverse_kl(student, teacher, labels, *, soft_weight, hard_weight=0.0
     return soft_weight * loss, {"soft": loss, "num_rows": metrics["num_tokens"]}
 
 
+def is_sampled(step, share, warm_up):
+    """Whether the student samples the batch of this step, the first of which is 1: evenly spaced after a warm-up."""
+    after = step - warm_up
+    return after > 0 and int(after * share) > int((after - 1) * share)
+
+
+def key_of(seed, step):
+    """Of the samples of a step: a function of both alone, so that a resumed run draws the same."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 def make_sample_batch(student_graphdef, teacher, teacher_head, *, prompt_length, temperature, end_tokens):
     """``sample_batch(params, tokens, key) -> TeacherBatch``: texts of the student's, as the teacher reads them.
 

@@ -13,6 +13,8 @@ Log-probabilities reach -inf (a masked token) and -200 (a token whose probabilit
 probability times an infinite logarithm the zero that it is in the limit, and a term at (-inf, -inf) must be 0.
 """
 
+from __future__ import annotations
+
 import difflib
 import inspect
 import sys
@@ -23,12 +25,14 @@ from typing import Any, ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxkd.logits.array_ops import ShownBriefly, described, is_own
+
 Pointwise = Callable[..., jax.Array]
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Divergence:
+@dataclass(frozen=True, repr=False)
+class Divergence(ShownBriefly):
     """A divergence of two distributions, as a pointwise term of their log-probabilities: outer(sum_v term).
 
     Args:
@@ -59,6 +63,9 @@ class Divergence:
     slope_sum: float | None = field(default=None, metadata={"static": True})
     is_nonnegative: bool = field(default=False, metadata={"static": True})
     outer: Callable[..., jax.Array] | None = field(default=None, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return _own_spelling(self.term, self.parameters) or super().__repr__()
 
     def of_total(self, total: jax.Array) -> jax.Array:
         """The divergence of rows whose terms have this sum."""
@@ -93,7 +100,7 @@ class Divergence:
 
 def zero_where_closed(form: Callable[..., Any], log_p: jax.Array, log_q: jax.Array, x: jax.Array) -> jax.Array:
     """``x``, and 0 where both sides are -inf, which `jaxkd`'s own forms are there by themselves."""
-    if getattr(form, "__module__", "").split(".")[0] == "jaxkd":
+    if is_own(form):
         return x
     return jnp.where(jnp.maximum(log_p, log_q) == -jnp.inf, 0, x)
 
@@ -104,8 +111,8 @@ def weigh(probability: jax.Array, x: jax.Array) -> jax.Array:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RowDivergence:
+@dataclass(frozen=True, repr=False)
+class RowDivergence(ShownBriefly):
     """A soft loss of a row as a function of both models' logits.
 
     Args:
@@ -122,6 +129,9 @@ class RowDivergence:
     parameters: tuple[Any, ...] = ()
     vocabulary: str = field(default="common", metadata={"static": True})
     is_nonnegative: bool = field(default=False, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return _own_spelling(self.function, self.parameters) or super().__repr__()
 
     def __call__(self, teacher: jax.Array | None = None, student: jax.Array | None = None) -> jax.Array:
         if teacher is None or student is None:
@@ -170,7 +180,8 @@ def _by_name() -> dict[str, Any]:
 
 
 def _makes_divergence(x: Any) -> bool:
-    return inspect.isfunction(x) and x.__annotations__.get("return") in (Divergence, RowDivergence)
+    result = x.__annotations__.get("return") if inspect.isfunction(x) else None
+    return getattr(result, "__name__", result) in ("Divergence", "RowDivergence")  # a string where it is not evaluated
 
 
 def _spelled(name: str, divergence: Any) -> str:
@@ -181,6 +192,16 @@ def _spelled(name: str, divergence: Any) -> str:
     given = [x.name if x.default is x.empty else f"{x.name}={x.default!r}" for x in parameters]
     module = "jaxkd." if _by_name().get(name) is divergence else ""
     return f"{module}{name}({', '.join(given)})"
+
+
+def _own_spelling(function: Any, parameters: tuple[Any, ...]) -> str | None:
+    """For a `repr`: how one of jaxkd's own is written, found by the name of its term; None for another."""
+    name = getattr(function, "__name__", "").strip("_").removesuffix("_term")
+    found = _by_name().get(name) if is_own(function) else None
+    if found is None or not _makes_divergence(found):
+        return None if found is None else name
+    given = zip(inspect.signature(found).parameters, parameters, strict=False)
+    return f"{name}({', '.join(f'{key}={described(x)}' for key, x in given)})"
 
 
 def _not_to_be_called(divergence: AnyDivergence, arguments: str) -> str:

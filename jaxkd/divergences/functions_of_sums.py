@@ -1,5 +1,7 @@
 """Divergences that are a function of a sum over tokens: a term, and what is made of the sum of a row."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ from jaxkd.divergences.declaration import Divergence
 from jaxkd.divergences.sums_over_tokens import alpha_divergence_term, forward_kl, parameter, total_variation_slope
 
 
-def _overlap_term(log_p, log_q):
+def _overlap_nll_term(log_p, log_q):
     return jnp.exp(jnp.minimum(log_p, log_q))
 
 
@@ -23,7 +25,7 @@ def _overlap_outer(overlap: jax.Array) -> jax.Array:
     return -jnp.log(overlap)
 
 
-overlap_nll = Divergence(_overlap_term, slope=_overlap_slope, outer=_overlap_outer, is_nonnegative=True)
+overlap_nll = Divergence(_overlap_nll_term, slope=_overlap_slope, outer=_overlap_outer, is_nonnegative=True)
 """-log sum min(p, q), the negative logarithm of the rate at which a teacher accepts the student's drafts.
 
 Infinite where the two have no token in common, 0 where they agree: -log(1 - `total_variation`).

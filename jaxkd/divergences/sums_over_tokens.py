@@ -1,5 +1,7 @@
 """Divergences that are a sum over tokens, or a function of one: each is declared once, as the term of a token."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -6,6 +6,8 @@ Each is a function of the teacher's and the student's logits of a chunk; its gra
 in XLA. Masks, weights, temperature and the hard loss are those of every divergence.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

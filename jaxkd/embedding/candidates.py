@@ -1,5 +1,7 @@
 """Which candidates an anchor is compared with: said by a mask, by the ids of documents, or by a guide."""
 
+from __future__ import annotations
+
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple

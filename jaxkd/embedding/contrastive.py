@@ -1,5 +1,7 @@
 """Contrastive losses: `info_nce` of pairs, `nt_xent` of classes, a chunk of anchors with all candidates at a time."""
 
+from __future__ import annotations
+
 from collections.abc import Collection
 from functools import partial
 from typing import Any

@@ -1,5 +1,7 @@
 """Distances of embeddings: of row with row, of one with all by their order, and of all pairs as logits."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,13 +12,13 @@ from jaxtyping import Array, Float
 from jaxkd.embedding.all_pairs import CosineLogits, EuclideanLogits
 from jaxkd.embedding.similarity import cosine_similarity, inverse_length, widened
 from jaxkd.logits import LinearLogits
-from jaxkd.logits.array_ops import logits_dtype
+from jaxkd.logits.array_ops import ShownBriefly, is_own, logits_dtype
 
 AllPairs = Callable[[jax.Array, jax.Array], LinearLogits]
 
 
-@dataclass(frozen=True)
-class Distance:
+@dataclass(frozen=True, repr=False)
+class Distance(ShownBriefly):
     """A distance of embeddings.
 
     Args:
@@ -31,6 +33,9 @@ class Distance:
     between: Callable[[jax.Array, jax.Array], jax.Array]
     order: Callable[[jax.Array, jax.Array], jax.Array]
     all_pairs: AllPairs | None = None
+
+    def __repr__(self) -> str:
+        return self.between.__name__.strip("_") if is_own(self.between) else super().__repr__()
 
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return self.between(x, y)

@@ -1,5 +1,7 @@
 """Rows of embeddings: what the arrays must be, which rows count and how much, and how many are compared at a time."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

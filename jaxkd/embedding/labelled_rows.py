@@ -1,5 +1,7 @@
 """Rows with class labels, each with all of the batch: whose partner each is, and a chunk of rows at a time."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """More than one device: each has rows of its own, and what they are compared with is gathered as embeddings."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

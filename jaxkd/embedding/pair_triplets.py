@@ -1,5 +1,7 @@
 """Triplets of a labelled batch from all of its pairs, a chunk of rows at a time: the semi-hard ones, and all."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any
 

@@ -1,5 +1,7 @@
 """`cosent` and `angle`: pairs in the order of their labels, by a sort instead of all pairs of pairs."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,5 +1,7 @@
 """How similar two embeddings are: row with row, in float32 or better."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float

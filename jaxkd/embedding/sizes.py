@@ -1,5 +1,7 @@
 """`matryoshka`: a loss of embeddings cut to several sizes."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

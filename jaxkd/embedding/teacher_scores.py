@@ -1,5 +1,7 @@
 """Losses of a row's own documents, scored by a teacher: `margin_mse` and `score_distillation`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,7 +35,7 @@ def margin_mse(
     negatives: ArrayLike,
     teacher_scores: ArrayLike,
     *,
-    similarity: Similarity = dot,
+    similarity: Similarity | None = None,
     negative_mask: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
@@ -51,7 +53,7 @@ def margin_mse(
       negatives: (B, D) or (B, K, D): each row's own.
       teacher_scores: (B, 1 + K) floating, of the positive and then the negatives; or the margins ``t_i0 - t_ik``,
         (B, K) or, for one negative each, (B,). No gradient reaches them.
-      similarity: `dot`, `cosine_similarity` or a function of (..., D) arrays to (...).
+      similarity: `cosine_similarity`, or a function of (..., D) arrays to (...); None is `dot`.
       negative_mask: (B, K) booleans, or (B,) for one negative each: the negatives that there are. A row without any
         does not count.
       weights: (B,) non-negative factors of the rows, or None for 1.
@@ -75,6 +77,7 @@ def margin_mse(
     >>> print(f"{loss:.0f}")
     4
     """
+    similarity = dot if similarity is None else similarity
     rows = _scored_rows(anchors, positives, negatives, similarity, negative_mask, weights, normalizer)
     num_rows, num_negatives, _ = rows["negatives"].shape
     shapes = [(num_rows, 1 + num_negatives), (num_rows, num_negatives), *([(num_rows,)] if num_negatives == 1 else [])]
@@ -113,7 +116,7 @@ def score_distillation(
     *,
     divergence: AnyDivergence = forward_kl,
     temperature: ArrayLike = 1.0,
-    similarity: Similarity = dot,
+    similarity: Similarity | None = None,
     negative_mask: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
@@ -154,6 +157,7 @@ def score_distillation(
     >>> print(f"{loss:.4f}")
     0.1201
     """
+    similarity = dot if similarity is None else similarity
     rows = _scored_rows(anchors, positives, negatives, similarity, negative_mask, weights, normalizer)
     num_rows, num_negatives, _ = rows["negatives"].shape
     rows["scores"] = _as_scores(teacher_scores, [(num_rows, 1 + num_negatives)])

@@ -1,5 +1,7 @@
 """Triplet losses: of given triplets, and of the hardest ones in a batch, found a chunk of rows at a time."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any

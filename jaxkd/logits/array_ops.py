@@ -1,5 +1,6 @@
 """Operations on the arrays of a source: their type, their rows, products of them."""
 
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -31,12 +32,26 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def described(x: Any) -> str:
-    """For a `repr`: type and shape of an array instead of its numbers."""
+    """For a `repr`: type and shape of an array instead of its numbers, and a function's name without its address."""
     if isinstance(x, (tuple, list)):
-        return f"({', '.join(map(described, x))})"
+        return f"({', '.join(map(described, x))}{',' if len(x) == 1 else ''})"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-    return repr(x)
+    return getattr(x, "__name__", repr(x))
+
+
+class ShownBriefly:
+    """A dataclass whose `repr` describes its fields, but for those that are None."""
+
+    def __repr__(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        shown = ", ".join(f"{name}={described(x)}" for name, x in values.items() if x is not None)
+        return f"{type(self).__name__}({shown})"
+
+
+def is_own(function: Any) -> bool:
+    """Whether jaxkd defines it."""
+    return (getattr(function, "__module__", None) or "").split(".")[0] == "jaxkd"  # None where code was run by `exec`
 
 
 def logits_dtype(x: Any) -> jnp.dtype:

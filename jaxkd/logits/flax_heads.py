@@ -1,5 +1,7 @@
 """The head of a Flax model, NNX or Linen, as `LinearLogits` takes it. Flax itself is not imported."""
 
+from __future__ import annotations
+
 import inspect
 import sys
 from collections.abc import Mapping

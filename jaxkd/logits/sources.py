@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkd.logits.array_ops import described, dot, logits_dtype, power_of_two_into_range, take_rows, unwrapped
+from jaxkd.logits.array_ops import ShownBriefly, dot, logits_dtype, power_of_two_into_range, take_rows, unwrapped
 from jaxkd.logits.low_rank import low_rank_product, low_rank_pullback
 
 Gradients: TypeAlias = dict[str, Any]  # by the name of the source's field: an array, or a tuple of them as there
 
 
-class _ArrayFields:
+class _ArrayFields(ShownBriefly):
     """What the dataclasses of sources share: they hold arrays, and show their shapes."""
 
     def __post_init__(self) -> None:
@@ -29,11 +29,6 @@ class _ArrayFields:
             is_plain = type(value) in (tuple, list)
             array = type(value)(map(unwrapped, value)) if is_plain else unwrapped(value)
             object.__setattr__(self, field.name, array)
-
-    def __repr__(self) -> str:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        shown = ", ".join(f"{name}={described(x)}" for name, x in values.items() if x is not None)
-        return f"{type(self).__name__}({shown})"
 
 
 @jax.tree_util.register_dataclass
@@ -183,7 +178,7 @@ class Logits(_ArrayFields):
     """
 
     ROWS: ClassVar[str] = "values"
-    DIMS: ClassVar = {"values": ("rows", "vocabulary")}
+    DIMS: ClassVar[dict[str, Any]] = {"values": ("rows", "vocabulary")}
     IN_BUCKETS: ClassVar[bool] = False
     is_linear: ClassVar[bool] = False  # there is no product
 

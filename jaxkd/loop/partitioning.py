@@ -9,6 +9,8 @@ What is said and made sure of stands here; `flattening` brings arrays of full sh
 what the devices tell each other in it.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,5 +1,7 @@
 """A row loss of one's own, chunked: a plain function of a chunk's logits gets everything the losses here have."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial

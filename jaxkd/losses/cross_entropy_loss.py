@@ -1,5 +1,7 @@
 """Cross-entropy with labels without the (N, V) logits: the loss of one head, its gradient in the forward pass."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar

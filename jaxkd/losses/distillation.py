@@ -1,5 +1,7 @@
 """The distillation losses: what users call, and the row loss that they hand to the loop."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar

@@ -1,5 +1,7 @@
 """The divergence between teacher and student of every row without the (N, V) logits of either."""
 
+from __future__ import annotations
+
 import jax
 from jax.typing import ArrayLike
 

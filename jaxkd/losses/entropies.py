@@ -1,5 +1,7 @@
 """The entropy of every row's distribution without the (N, V) logits."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

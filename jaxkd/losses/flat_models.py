@@ -1,5 +1,7 @@
 """Student and teacher as the loop over chunks has them, and how many rows of them are together."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """Losses of hidden states: a student's layer follows a teacher's, through a projection where they differ in width."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

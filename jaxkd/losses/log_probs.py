@@ -1,5 +1,7 @@
 """Log-probabilities of labels without the (N, V) logits, a token or a sequence: what losses are made of."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -1,5 +1,7 @@
 """Labels of a language model: at each position the token that comes next."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

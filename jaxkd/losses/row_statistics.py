@@ -1,5 +1,7 @@
 """What there is to know of every row's distribution, for logging."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar

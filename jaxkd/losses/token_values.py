@@ -1,5 +1,7 @@
 """One number a row, of its label or of a soft loss, and the gradient from the sums that the forward pass kept."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar

@@ -1,5 +1,7 @@
 """From rewards to advantages, for answers that stand in groups: those to one prompt, one after another."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -3,6 +3,8 @@
 Arguments, result and errors are those of `jaxkd.preference.dpo`; a reward is ``beta (log policy - log reference)``.
 """
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jax.typing import ArrayLike

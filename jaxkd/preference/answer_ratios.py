@@ -4,6 +4,8 @@ The arguments, the result and the errors are those of `jaxkd.preference.grpo`; w
 surrogate, ``beta kl - entropy_weight entropy``, is too.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from math import log
 

@@ -1,5 +1,7 @@
 """B answers, or pairs of them: what their arrays must be, which of them count and how much, and means over those."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

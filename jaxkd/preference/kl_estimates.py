@@ -13,6 +13,8 @@ log-probabilities:
 Above a log-ratio of 20 every exponential is its tangent there.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import exp, expm1
@@ -20,12 +22,14 @@ from math import exp, expm1
 import jax
 import jax.numpy as jnp
 
+from jaxkd.logits.array_ops import described, is_own
+
 # Above this, at a ratio of 4.9e8, the exponential of a log-ratio goes on as its tangent: it is finite, and its gradient
 # neither ends nor turns.
 LARGEST_LOG_RATIO = 20.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KLEstimate:
     """What a sampled token adds to an estimate of KL(policy‖reference).
 
@@ -36,6 +40,11 @@ class KLEstimate:
 
     function: Callable[[jax.Array], jax.Array]
     is_corrected: bool = False
+
+    def __repr__(self) -> str:
+        name = described(self.function)
+        name = name.strip("_") if is_own(self.function) else f"KLEstimate({name})"
+        return f"bias_corrected({name})" if self.is_corrected else name
 
     def __call__(self, x: jax.Array, log_ratio: jax.Array) -> jax.Array:
         """Of ``x = policy - reference`` and ``policy - old``."""

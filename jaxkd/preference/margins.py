@@ -4,6 +4,8 @@ A reward is ``beta (log policy - log reference)`` of a sequence; the ``margin`` 
 one. Arguments that are not described, the result and the errors are those of `dpo`.
 """
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 from jax.typing import ArrayLike

@@ -1,5 +1,7 @@
 """Chosen and rejected answers to B prompts: their rewards, and the mean loss and metrics that losses of pairs have."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

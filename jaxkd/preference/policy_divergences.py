@@ -4,6 +4,8 @@
 cancels. Above an exponent of 20 an exponential is its tangent there.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from math import log

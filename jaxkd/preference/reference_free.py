@@ -11,6 +11,8 @@ tokens ``nll_i``, as TRL and Liger Kernel have it. Long answers weigh more in it
 of the whole are given its chosen tokens too, as ``nll_normalizer``: then losses and gradients add up.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.nn import log1mexp, log_sigmoid

@@ -1,5 +1,7 @@
 """Reverse KL from sampled tokens: distillation of what the student itself has said, without a vocabulary."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -1,5 +1,7 @@
 """LD-DPO: log-probabilities of answers in which what one has beyond the length of the other counts less."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

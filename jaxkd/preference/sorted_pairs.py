@@ -6,6 +6,8 @@ errors are those of `jaxkd.preference.dpo`; the metrics are of the pairs as they
 up to the whole, for each is sorted alone.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec

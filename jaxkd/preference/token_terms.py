@@ -1,5 +1,7 @@
 """B sampled answers of T tokens: what their arrays must be, and what the losses of them have in common."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from typing import Any
 

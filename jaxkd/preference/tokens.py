@@ -5,6 +5,8 @@ estimate of the KL divergence from the reference, less an entropy bonus. They di
 sum over tokens is divided by. `jaxkd.preference.gspo` and others have one ratio an answer.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -4,6 +4,8 @@ The reward of an answer is ``beta (log policy - log reference)``. Both losses co
 batch, which is a constant to differentiation.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import jax

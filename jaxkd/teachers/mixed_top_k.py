@@ -1,5 +1,7 @@
 """A `Mixture` of teachers of which the likeliest tokens are known, each with a list of its own."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 

@@ -1,5 +1,7 @@
 """Several teachers at once: their distributions mixed."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -11,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import AnyDivergence
 from jaxkd.logits import Source, take_rows
+from jaxkd.logits.array_ops import ShownBriefly
 from jaxkd.loop.checks import check_same_rows, known_value
 from jaxkd.teachers.mixed_top_k import MixedTopK
 from jaxkd.teachers.several import check_is_list, check_sources_alike
@@ -18,8 +21,8 @@ from jaxkd.teachers.top_k import TopKLogProbs
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Mixture:
+@dataclass(frozen=True, repr=False)
+class Mixture(ShownBriefly):
     """Several teachers for `distillation_loss`: p = sum_i w_i softmax(z_i / temperature) / sum_i w_i.
 
     Probabilities are mixed, not logits: where one teacher is sure and another is not, the mixture doubts between them.

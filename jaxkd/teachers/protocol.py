@@ -1,5 +1,7 @@
 """What a teacher is to `distillation_loss`: one protocol for all kinds, so that no other room asks for a type."""
 
+from __future__ import annotations
+
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import jax

@@ -1,5 +1,7 @@
 """Several teachers of which each row has one, and goes through that one's head alone."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.divergences import AnyDivergence
 from jaxkd.logits import Source, take_rows
+from jaxkd.logits.array_ops import ShownBriefly
 from jaxkd.loop.checks import check_is_array, known_value
 from jaxkd.loop.chunk_pass import set_rows
 from jaxkd.loop.collectives import as_carry
@@ -22,8 +25,8 @@ MOST_TOGETHER = 256  # rows through a head at a time: more hardly repay its byte
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Routed:
+@dataclass(frozen=True, repr=False)
+class Routed(ShownBriefly):
     """A teacher for each row, one of several, for `distillation_loss`: by domain, language or task.
 
     The loss is that of a `Mixture` whose weights are 1 for the teacher and 0 for the others, without the products of

@@ -1,5 +1,7 @@
 """What a `TopKLogProbs` keeps of a source: a pass over its rows, of whose logits a chunk exists at a time."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar

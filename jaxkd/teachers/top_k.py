@@ -1,5 +1,7 @@
 """A teacher of which only the likeliest tokens of each row are known: what inference servers hand out."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -12,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkd.divergences import AnyDivergence, forward_kl
 from jaxkd.kernels import Buckets, Partition, partition_by, token_ids
 from jaxkd.logits import Source, logits_dtype, take_rows
+from jaxkd.logits.array_ops import ShownBriefly
 from jaxkd.loop import Sharding
 from jaxkd.loop.checks import check_floating, check_scalar, check_token_ids, known_value
 from jaxkd.teachers.tokens_of_source import PADDING, tokens_of_source
@@ -22,8 +25,8 @@ MOST_ABOVE_ONE = 0.05
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TopKLogProbs:
+@dataclass(frozen=True, repr=False)
+class TopKLogProbs(ShownBriefly):
     """Log-probabilities of K tokens a row, in any order: a cached teacher for `distillation_loss`.
 
     An entry with token id -1 or log-probability -inf is padding, so that K may differ from row to row. Zeros are none:
@@ -64,7 +67,7 @@ class TopKLogProbs:
     """
 
     ROWS: ClassVar[str] = "log_probs"
-    DIMS: ClassVar = {"log_probs": ("rows", None), "token_ids": ("rows", None)}
+    DIMS: ClassVar[dict[str, Any]] = {"log_probs": ("rows", None), "token_ids": ("rows", None)}
     IN_BUCKETS: ClassVar[bool] = True
 
     log_probs: Any
@@ -84,7 +87,7 @@ class TopKLogProbs:
         mask: ArrayLike | None = None,
         chunk_size: int | None = None,
         sharding: Sharding | None = None,
-    ) -> "TopKLogProbs":
+    ) -> TopKLogProbs:
         """The k likeliest tokens of each row of a source, without its (N, V) logits: to be kept, or for a `Mixture`.
 
         Args:
@@ -181,10 +184,10 @@ class TopKLogProbs:
         others = np.exp(np.where((ids == 0) | (ids == PADDING), -np.inf, np.minimum(log_probs, 0)))
         return bool((is_zero.any(axis=-1) & (others.sum(axis=-1) > MOST_ABOVE_ONE)).any())
 
-    def at(self, temperature: Any) -> "TopKLogProbs":
+    def at(self, temperature: Any) -> TopKLogProbs:
         return jax.lax.stop_gradient(self)
 
-    def flat(self) -> "TopKLogProbs":
+    def flat(self) -> TopKLogProbs:
         size = self.vocabulary
         return replace(
             self,
@@ -192,13 +195,13 @@ class TopKLogProbs:
             token_ids=jnp.reshape(token_ids(self.token_ids), (-1, size)),
         )
 
-    def prepared(self) -> "TopKLogProbs":
+    def prepared(self) -> TopKLogProbs:
         return self
 
-    def take(self, index: Int[Array, " C"]) -> "TopKLogProbs":
+    def take(self, index: Int[Array, " C"]) -> TopKLogProbs:
         return replace(self, log_probs=take_rows(self.log_probs, index), token_ids=take_rows(self.token_ids, index))
 
-    def compared(self, dtype: jnp.dtype) -> "TopKLogProbs":
+    def compared(self, dtype: jnp.dtype) -> TopKLogProbs:
         return self
 
     def partition(self, width: int) -> Partition:

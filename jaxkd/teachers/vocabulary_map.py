@@ -1,5 +1,7 @@
 """A teacher with another tokenizer, compared over the tokens that both have."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,12 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkd.divergences import AnyDivergence, Divergence
 from jaxkd.kernels import Buckets, Partition, buckets_of, partition_by, token_ids
 from jaxkd.logits import Source
+from jaxkd.logits.array_ops import ShownBriefly
 from jaxkd.loop.checks import check_source, check_token_ids, known_value
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class VocabularyMap:
+@dataclass(frozen=True, repr=False)
+class VocabularyMap(ShownBriefly):
     """A teacher for `distillation_loss` whose tokenizer shares S tokens with the student's.
 
     Both distributions become S + 1 buckets, compared by any pointwise divergence: each shared token, and all other

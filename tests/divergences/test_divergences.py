@@ -292,6 +292,14 @@ def test_divergence_of_ones_own(x64):
     np.testing.assert_allclose(gradient, (slope - probability_q * slope.sum(-1, keepdims=True)) / 5, rtol=1e-9)
 
 
+def test_a_term_that_exec_defined():
+    """Its module has no name."""
+    namespace = {}
+    exec("def term(log_p, log_q):\n    return abs(log_p - log_q)", namespace)
+    log_p, log_q = jnp.array([0.0, -1.0, -jnp.inf]), jnp.array([-2.0, -1.0, -jnp.inf])
+    assert jaxkd.Divergence(namespace["term"])(log_p, log_q) == 2
+
+
 def test_scipy(x64):
     p, q = np.random.default_rng(0).normal(scale=3, size=(2, 5, 17))
     probability_p, probability_q = (scipy.special.softmax(z, -1) for z in (p, q))

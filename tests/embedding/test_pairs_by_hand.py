@@ -129,7 +129,7 @@ def test_distances_of_close_embeddings_have_digits_left():
 
 def test_a_distance_of_ones_own():
     own = embedding.Distance(embedding.euclidean.between, embedding.euclidean.order)
-    with pytest.raises(TypeError, match=r"`distance` is Distance.* with `all_pairs` such as euclidean"):
+    with pytest.raises(TypeError, match=r"`distance` is euclidean.* with `all_pairs` such as euclidean"):
         embedding.batch_all_triplet(LINE, CLASSES, distance=own)
     scaled = embedding.Distance(
         lambda x, y: 2 * embedding.euclidean(x, y),

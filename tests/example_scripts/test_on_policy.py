@@ -142,10 +142,10 @@ def test_sampled_loss_has_the_gradient_of_reverse_kl_in_the_mean():
 
 def test_share_of_sampled_batches():
     for share, expected in ((0.0, 0), (0.25, 5), (0.5, 10), (1.0, 20)):
-        sampled = [on_policy.is_sampled(step, share, warm_up=7) for step in range(1, 28)]
+        sampled = [sampling.is_sampled(step, share, warm_up=7) for step in range(1, 28)]
         assert sum(sampled) == expected
         assert not any(sampled[:7])
-    evenly = [on_policy.is_sampled(step, 0.5, warm_up=1) for step in range(1, 7)]
+    evenly = [sampling.is_sampled(step, 0.5, warm_up=1) for step in range(1, 7)]
     assert evenly == [False, False, True, False, True, False]
 
 

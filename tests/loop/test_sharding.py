@@ -59,8 +59,8 @@ def test_two_processes():
 def test_example():
     pytest.importorskip("flax")
     output = finish(start(["-m", "examples.distill_sharded", "--steps", "3"], EIGHT_DEVICES))
-    assert float(re.search(r"largest difference of 3 losses: (\S+)", output)[1]) < 1e-5
-    on_mesh, alone = (float(x) for x in re.findall(r"(\S+) MiB", output))
+    assert float(re.search(r"Largest difference of 3 losses: (\S+)", output)[1]) < 1e-5
+    alone, on_mesh = (float(x) for x in re.search(r"MiB a device +(\S+) +(\S+)", output).groups())
     assert on_mesh < 0.75 * alone
 
 

@@ -111,9 +111,10 @@ def test_every_room_says_what_it_is_for():
 
 
 def test_files_that_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (source_tree.ROOT / document).read_text()
-        named = set(re.findall(r"`((?:jaxkd|torch_bridge|tests|examples)/[\w/]+(?:\.py|/))`", text))
-        assert named
-        missing = [name for name in named if not (source_tree.ROOT / name).exists()]
-        assert not missing, f"{document} names {missing}"
+    documents = [*source_tree.ROOT.glob("*.md"), *(source_tree.ROOT / "docs").rglob("*.md")]
+    documents.remove(source_tree.ROOT / "CHANGELOG.md")  # which names what once was
+    pattern = r"`((?:jaxkd|torch_bridge|tests|examples)/[\w/]+(?:\.py|/))`"
+    named = [(document, name) for document in documents for name in re.findall(pattern, document.read_text())]
+    assert named
+    missing = [f"{document} names {name}" for document, name in named if not (source_tree.ROOT / name).exists()]
+    assert not missing, "\n".join(missing)

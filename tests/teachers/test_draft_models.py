@@ -22,9 +22,15 @@ MASK = RNG.uniform(size=N) < 0.7
 
 @pytest.fixture
 def recipe(x64):
-    """What the document's lines define."""
-    names = {"token_ids": jnp.asarray(TOKEN_IDS), "target_weight": jnp.asarray(TARGET.weight)}
-    for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL):
+    """What the document's lines define, with the arrays from here in the place of its own."""
+    data, *lines = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    exec(data, names := {})
+    own = {"token_ids": TOKEN_IDS, "next_tokens": NEXT_TOKENS, "mask": MASK}
+    for name, head in (("target", TARGET), ("draft", DRAFT)):
+        own |= {f"{name}_hidden": head.hidden, f"{name}_weight": head.weight}
+    assert own.keys() < names.keys()
+    names |= jax.tree.map(jnp.asarray, own)
+    for block in lines:
         exec(block, names)
     return names
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from torch_bridge.benchmark.batches import Shape
 from torch_bridge.benchmark.measurements import Case, Results, report
 from torch_bridge.benchmark.measuring import Settings, measure
-from torch_bridge.benchmark.tables import PICTURED, picture, rows_table, table
+from torch_bridge.benchmark.tables import LEGEND, PICTURED, picture, rows_table, table
 from torch_bridge.benchmark.tasks import TASKS
 from torch_bridge.benchmark.training_step import MODELS, TOKENS, measure_steps, training_table, training_values
 from torch_bridge.convert import obstacle_to_cuda
@@ -126,6 +126,7 @@ def compare(options: argparse.Namespace, device: str, console: Console) -> None:
             write(options.out, {"device": where, "settings": settings._asdict()} | report(cases, results))
             if any(result.task == PICTURED for found in results.values() for result in found):
                 draw(options.out, where, cases, results)
+    console.print(LEGEND, markup=False, highlight=False)
     if len(counts) > 1:
         console.print(rows_table(cases, results))
 

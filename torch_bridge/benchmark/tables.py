@@ -33,14 +33,25 @@ def as_text(failure: str) -> str:
     return failure.replace("[", r"\[")
 
 
+LEGEND = """\
+ms, min to max  the median of the rounds, and their range; products: multiples of the bare matrix products of the task
+whole           of the same contender's time without ignored rows
+memory, work    GiB beyond the inputs; the workspace leaves out the gradients that are returned
+errors          relative in L2 against float64, of the loss and of both gradients"""
+
+
 def table(title: str, results: Sequence[Result]) -> Table:
-    names = ("ms", "min to max", "× products", "× whole", "GiB", "workspace", "loss error", "d_hidden", "d_weight")
-    view = plain_table(title, ("task", "contender"), names)
+    """A section a task."""
+    numbers = ("ms", "min to max", "products", "whole", "memory", "work", "loss", "d_hidden", "d_weight")
+    view = plain_table(title, ("task, contender",), numbers)
     view.add_column("")
+    task = None
     for result in results:
+        if result.task != task:
+            task = result.task
+            view.add_row(f"[bold]{task}")
         view.add_row(
-            result.task,
-            result.contender,
+            f"  {result.contender}",
             shown(result.median, ".1f", 1e3),
             from_to(result),
             shown(ratio(result.median, floor_of(results, result))),

@@ -11,6 +11,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -27,11 +29,12 @@ from torch_bridge.parity import (
     compare_row_losses,
     compare_teacher_kinds,
 )
-from torch_bridge.parity.comparison import Comparison, compare
-from torch_bridge.parity.error_table import report, succeeded, summary, table
+from torch_bridge.parity.comparison import Comparison, Result, compare
+from torch_bridge.parity.error_table import LEGEND, failures, report, succeeded, summary, table
 
 IN_KERNELS = (compare_divergences, compare_one_number_a_row)
 IN_XLA = (compare_row_losses, compare_pytorch_teachers, compare_teacher_kinds, compare_preference, compare_embedding)
+SILENCE = 10  # seconds until a line says how far it is, where no terminal shows a bar
 IMPLEMENTATIONS = [name for name in jaxkd.kernels.dispatch.NAMES if name]
 
 
@@ -71,17 +74,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     start = time.perf_counter()
     console = Console(width=max(Console().width, 200))  # rich cuts columns off where a terminal wraps
+    say = partial(console.print, markup=False, highlight=False)
+    say(f"jaxkd on {options.device}: errors against dense float64 PyTorch, on the same buffers")
     chosen = comparisons(options.device, options.implementation)[:: 5 if options.quick else 1]
-    results = [
-        compare(comparison)
-        for comparison in track(chosen, "comparing", console=console, transient=True, disable=not console.is_terminal)
-    ]
-    title = f"jaxkd on {options.device}: errors against float64 PyTorch, beside the worst gradient of others"
-    console.print(table(results, title))
-    for result in results:
-        if result.exception:
-            console.print(f"{result.verdict} {result.comparison}: {result.exception}", markup=False)
-    console.print(summary(results, time.perf_counter() - start))
+    families = list(dict.fromkeys(x.family for x in chosen))
+    chosen.sort(key=lambda x: families.index(x.family))
+    shown = track(chosen, "comparing", console=console, transient=True, disable=not console.is_terminal)
+    results: list[Result] = []
+    last_said = start
+    for family, of_family in groupby(shown, key=lambda x: x.family):
+        for comparison in of_family:
+            results.append(compare(comparison))
+            now = time.perf_counter()
+            if now - last_said > SILENCE and not console.is_terminal:
+                say(f"{len(results)} of {len(chosen)} compared, {now - start:.0f} s")
+                last_said = now
+        console.print(table([x for x in results if x.comparison.family == family]))
+    say(LEGEND)
+    say()
+    for line in failures(results):
+        say(line)
+    say(summary(results, time.perf_counter() - start))
     if options.json:
         content = report(results, options.device, options.implementation)
         options.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -80,10 +80,17 @@ class Case:
 
     @property
     def setting(self) -> str:
-        """All but the divergence and the dtype, in a few words."""
-        words = [f"V {self.shape.vocabulary}/{self.shape.teacher_vocabulary}", self.mask, self.head]
-        words += [f"tau {self.temperature:g}", f"chunk {self.chunk_size or 'auto'}"]
-        return ", ".join(words if self.gap is None else [*words, f"{self.gap:.0%} apart"])
+        """All but the divergence and the dtype, in a few words: those that say nothing special are left out."""
+        widths = dict.fromkeys((self.shape.vocabulary, self.shape.teacher_vocabulary))
+        words = {
+            f"V {'/'.join(map(str, widths))}": True,
+            self.mask: self.mask != "none",
+            self.head: self.head != "plain",
+            f"tau {self.temperature:g}": self.temperature != 1,
+            f"chunk {self.chunk_size}": self.chunk_size is not None,
+            f"{self.gap or 0:.0%} apart": self.gap is not None,
+        }
+        return ", ".join(word for word, is_special in words.items() if is_special)
 
 
 class Batch(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the comparisons gave, as a table, one line of summary and JSON values."""
+"""What the comparisons gave, as a table a family, a legend, one line of summary and JSON values."""
 
 import math
 from collections import Counter
@@ -10,30 +10,57 @@ import torch
 from rich import box
 from rich.table import Table
 
-from torch_bridge.parity.comparison import GRADIENT_BOUNDS, Result
+from torch_bridge.parity.comparison import GRADIENT_BOUNDS, LOSS_BOUND, Result
+
+LEGEND = f"""\
+loss         |error| / max(|loss|, 0.1), at most {LOSS_BOUND:.0e}
+gradient     the worst of all differentiated tensors, relative in L2; the bound is that of its type
+dense, Liger the same error of PyTorch's dense loss in the case's own type, and of Liger Kernel's
+V            tokens of the student, and of the teacher where it has others; of the cases of divergences
+ignored      two rows in five have the ignored label; poisoned: these rows are NaN too; weighted: rows have weights
+tau, chunk   the temperature and the rows of a chunk, where they are not 1 and chosen by the library
+% apart      the teacher is the student, its head moved by so much noise"""
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def table(results: Sequence[Result], title: str) -> Table:
+def table(results: Sequence[Result]) -> Table:
+    """Of the results of one family."""
     peers = list(dict.fromkeys(name for result in results for name in result.peers))
-    view = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("family", "loss", "case", "dtype"):
+    title = f"{results[0].comparison.family}, {len(results)} of them"
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, int(len(peers) < 2), 0, 0))
+    for name in ("loss", "case", "type"):
         view.add_column(name, no_wrap=True)
-    for name in ("loss", "worst gradient", "bound", "", *peers):
+    for name in ("loss", "gradient", "bound", "", *(name.replace(" ", "\n") for name in peers)):
         view.add_column(name, justify="right", no_wrap=True)
     for result in results:
         about = result.comparison
-        found = (result.errors["loss"], result.worst_gradient, max(result.bounds.values())) if result.errors else ()
+        found = ["", "", ""]
+        if result.errors:
+            found = [
+                f"{result.errors['loss']:.1e}",
+                f"{result.worst_gradient:.1e}",
+                f"{max(result.bounds.values()):.0e}",
+            ]
         view.add_row(
-            about.family,
             about.loss,
             about.setting,
-            about.dtype,
-            *(f"{number:.1e}" for number in found or ()),
-            *([""] * (3 - len(found))),
+            SHORT[about.dtype],
+            *found,
             {"pass": "[green]pass", "FAIL": "[bold red]FAIL"}.get(result.verdict, result.verdict),
-            *(f"{result.peers[name]:.1e}" if name in result.peers else "" for name in peers),
+            *(f"{result.peers[name]:.0e}" if name in result.peers else "" for name in peers),
         )
     return view
+
+
+def failures(results: Sequence[Result]) -> list[str]:
+    """A line for each row that has not passed: why."""
+    return [f"{x.verdict} {x.comparison}: {x.exception or _beyond(x)}" for x in results if not x.passed]
+
+
+def _beyond(result: Result) -> str:
+    """The errors that are not within their bounds, NaN among them."""
+    wrong = {name: x for name, x in result.errors.items() if not x <= result.bounds[name]}
+    return ", ".join(f"{name} {x:.1e}, the bound is {result.bounds[name]:.0e}" for name, x in wrong.items())
 
 
 def summary(results: Sequence[Result], seconds: float) -> str:

@@ -20,8 +20,6 @@ PROBE_BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, t
 class LiveTeacher:
     """A PyTorch causal language model that hands `jaxkd.LinearLogits` to JAX instead of forming its logits.
 
-    ::
-
         teacher = LiveTeacher(AutoModelForCausalLM.from_pretrained(name).eval())
         loss, metrics = jaxkd.distillation_loss(student, teacher(tokens), labels)
 

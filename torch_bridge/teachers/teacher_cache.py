@@ -57,8 +57,6 @@ def cache_teacher(
 ) -> "TeacherCache":
     """Writes the last hidden states of a PyTorch teacher over some texts into a folder, for distillation without it.
 
-    ::
-
         cache = cache_teacher(model, texts, "teacher-cache", tokenizer=tokenizer)
 
     A token position takes D numbers where its logits would take V: with D=576, V=49152 (SmolLM2), 1152 bytes in
@@ -143,8 +141,6 @@ def open_teacher_cache(
     folder: str | os.PathLike, tokenizer: Any = None, *, model: Any = None, texts: Any = None, verify: bool = False
 ) -> "TeacherCache":
     """Opens what `cache_teacher` wrote.
-
-    ::
 
         cache = open_teacher_cache("teacher-cache", tokenizer)
         order = np.random.default_rng(0).permutation(len(cache))

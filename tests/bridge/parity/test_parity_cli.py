@@ -1,5 +1,6 @@
 """`python -m torch_bridge.parity`: what it reports, and that it can fail."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,13 +9,14 @@ from dataclasses import replace
 import jax.numpy as jnp
 import pytest
 import torch
+from rich.console import Console
 
 from torch_bridge import reference
 from torch_bridge.parity import __main__ as parity
 from torch_bridge.parity.compare_divergences import comparison_of
 from torch_bridge.parity.comparison import Comparison, Result, compare
 from torch_bridge.parity.distillation_cases import DIVERGENCES, Case, Pair, Shape
-from torch_bridge.parity.error_table import report, succeeded
+from torch_bridge.parity.error_table import LEGEND, report, succeeded, table
 
 SMALL = Case("jensen_shannon(0.5)", Shape(9, 8, 8, 21, 21), "bfloat16", chunk_size=4, gap=0.02)
 # Near convergence every divergence is the same quadratic form, up to a factor.
@@ -74,6 +76,29 @@ def test_rows_of_two_families(monkeypatch, tmp_path, capsys):
     assert divergence["peers"].keys() == {"dense torch"}
 
 
+def test_tables_fit_a_terminal():
+    """Also with the peers that run on a GPU alone."""
+    families = {}
+    for x in parity.comparisons("cpu", None):
+        peers = dict.fromkeys(["dense torch", "Liger fused", "Liger chunked"] if x.peers else [], 0.5)
+        families.setdefault(x.family, []).append(Result(x, {"loss": 1e-7, **dict.fromkeys(x.inputs, 2e-7)}, peers))
+    console = Console(width=200, file=io.StringIO())
+    for results in families.values():
+        console.print(table(results))
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert max(len(line.rstrip()) for line in [*text.splitlines(), *LEGEND.splitlines()]) <= 120
+
+
+def test_where_no_terminal_shows_a_bar_lines_say_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(parity, "SILENCE", 0)
+    assert run(monkeypatch, [square()] * 3) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("jaxkd on cpu: errors against dense float64 PyTorch")
+    assert [f"{n} of 3 compared" in output for n in (1, 2, 3)] == [True] * 3
+    assert LEGEND in output
+
+
 @pytest.mark.slow
 def test_quick_run_passes_and_writes_its_results(tmp_path, capsys):
     assert parity.main(["--quick", "--json", str(tmp_path / "parity.json")]) == 0
@@ -104,7 +129,9 @@ def test_another_divergence_fails(monkeypatch, wrong):
 
 def test_a_failing_row_sets_the_exit_status(monkeypatch, capsys):
     assert run(monkeypatch, [square(), square(factor=2.0)]) == 1
-    assert ": 1 pass, 1 FAIL;" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert ": 1 pass, 1 FAIL;" in output
+    assert "FAIL square, plain, float32: loss 1.0e+00, the bound is 1e-05, x 1.0e+00, the bound is 2e-05" in output
 
 
 def test_a_row_that_raises_fails_alone(monkeypatch, capsys, tmp_path):
