@@ -104,8 +104,12 @@ def pytest_sessionstart():
 
 
 def pytest_collection_finish():
-    """What tests import stays: no collection of garbage goes through it again."""
+    """What tests import stays until the end: no collection of garbage goes through it before."""
     gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else extension modules take it for leaks
 
 
 def pytest_xdist_auto_num_workers(config):
