@@ -100,8 +100,16 @@ def pytest_configure(config):
 
 def pytest_sessionstart():
     """Tracing makes many objects and few cycles: a tenth of the time is the collector's otherwise."""
-    gc.freeze()
     gc.set_threshold(200_000, 20, 20)
+
+
+def pytest_collection_finish():
+    """What tests import stays until the end: no collection of garbage goes through it before."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else extension modules take it for leaks
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -10,7 +10,7 @@ from quick_programs import QUICK
 
 from jaxkd import embedding
 
-B, D, K = 23, 7, 2
+B, D, K = 19, 5, 2
 LABELS = np.random.default_rng(1).integers(4, size=B)
 GRADES = np.random.default_rng(2).integers(5, size=B) / 4
 WEIGHTS = np.random.default_rng(3).integers(3, size=B).astype(np.float64)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
+from sweeps import only
 
 import jaxkd
 
@@ -105,7 +106,7 @@ def mean(name, student, teacher, temperature=1.0, width=None):
     return DIVERGENCES[name][1](teacher[:, :width] / temperature, student[:, :width] / temperature).mean()
 
 
-@pytest.mark.parametrize("teacher_width", [V - 7, V + 9])
+@pytest.mark.parametrize("teacher_width", only((V + 9,), (V - 7, V + 9)))
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_float64(name, teacher_width, x64):
     """The value, and the gradient along a direction by central differences of the truth."""

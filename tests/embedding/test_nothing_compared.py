@@ -28,8 +28,11 @@ from jaxkd import embedding
 ALL = CASES | MATRYOSHKA
 every_loss = pytest.mark.parametrize("name", ALL)
 EAGER = [*ONE_OF_EACH, "matryoshka of triplet"]
+FEW = ("info_nce", "batch_hard_triplet", "margin_mse", "matryoshka of triplet")  # one of each file
 both_ways = pytest.mark.parametrize(
-    ("name", "is_jitted"), [(name, True) for name in ALL] + [(name, False) for name in EAGER]
+    ("name", "is_jitted"),
+    [(name, True) for name in ALL]
+    + [pytest.param(name, False, marks=() if name in FEW else pytest.mark.slow) for name in EAGER],
 )
 
 

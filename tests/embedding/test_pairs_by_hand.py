@@ -53,7 +53,7 @@ def test_nt_xent_of_two_views_is_that_of_simclr(x64):
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     logits = jnp.asarray(unit @ unit.T / 0.5 - np.diag([np.inf] * 2 * B))
     exact = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.roll(jnp.arange(2 * B), B)).mean()
-    loss, _ = embedding.nt_xent(rows, np.tile(np.arange(B), 2), temperature=0.5)
+    loss, _ = quickly(embedding.nt_xent, rows, np.tile(np.arange(B), 2), temperature=0.5)
     assert float(loss) == pytest.approx(float(exact), rel=1e-12)
 
 
@@ -61,7 +61,7 @@ def test_triplets_are_those_of_optax(x64):
     anchors, positives, negatives = batch()
     rows = anchors, positives, negatives[:, 0]
     ours, theirs = (
-        jax.value_and_grad(f)(rows)
+        jax.jit(jax.value_and_grad(f))(rows)
         for f in (
             lambda x: embedding.triplet(*x, margin=0.7)[0],
             lambda x: optax.losses.triplet_margin_loss(*x, margin=0.7, eps=0.0).mean(),
@@ -122,7 +122,8 @@ def test_distances_of_close_embeddings_have_digits_left():
     def loss(x):
         return embedding.batch_all_triplet(x, labels, margin=1.0)[0]
 
-    near, far = (jax.grad(loss)(jnp.asarray(x + offset, jnp.float32)) for offset in (0, 30))
+    gradient = jax.jit(jax.grad(loss))
+    near, far = (gradient(jnp.asarray(x + offset, jnp.float32)) for offset in (0, 30))
     assert np.linalg.norm(near - far) < 2e-3 * np.linalg.norm(near)
 
 

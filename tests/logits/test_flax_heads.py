@@ -1,6 +1,6 @@
 """A Flax head as LinearLogits: its logits are the module's own in every dtype, and what it cannot be is refused.
 
-Models that are trained through it are in `test_flax_training.py`.
+Models that are trained through it are in `tests/interplay/`.
 """
 
 from types import SimpleNamespace

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import only
 
 import jaxkd
 from jaxkd.divergences import weigh
@@ -34,7 +35,7 @@ def inputs(dtype, **head):
 
 # What does not depend on the divergence, by three: one whose slopes have a known sum, one more, one that is not smooth.
 THREE = ["forward_kl", "jensen_shannon", "total_variation"]
-A_FEW = [pytest.param(name, marks=() if name in THREE else pytest.mark.slow) for name in cases.ONE_OF_EACH]
+A_FEW = only(THREE, cases.ONE_OF_EACH)
 
 
 def compare(student, teacher, name, labels=None, *, loss, gradient, run=cases.value_and_grad, **options):

@@ -159,10 +159,17 @@ def test_what_each_estimate_descends(x64):
         (k2, old, None, reverse),  # only `sampled_kl` weighs by the ratio what is not corrected
         (k3, old, None, forward),
     ]
-    for estimate, sampled_from, *wanted in rows:
-        for kind, want in zip(("penalty", "loss"), wanted, strict=True):
+    found = at_once(
+        {
+            f"{i} {kind}": partial(of_sampled, *row[:2], kind)
+            for i, row in enumerate(rows)
+            for kind in ("penalty", "loss")
+        }
+    )
+    for i, (*_, penalty, loss) in enumerate(rows):
+        for kind, want in (("penalty", penalty), ("loss", loss)):
             if want is not None:
-                np.testing.assert_allclose(of_sampled(estimate, sampled_from, kind), want, atol=1e-12)
+                np.testing.assert_allclose(found[f"{i} {kind}"], want, atol=1e-12)
 
 
 def test_the_reference_always_pulls_when_corrected():
@@ -223,9 +230,8 @@ def test_an_advantage_of_an_answer_is_that_of_its_tokens():
 
 def test_a_token_of_gspo_answers_for_its_own_advantage():
     advantages = jnp.array([[2.0, -1.0], [0.0, 0.0]])
-    slope = jax.grad(lambda x: preference.gspo(x, OLD, None, advantages, MASK, epsilon_low=0.9, epsilon_high=0.9)[0])(
-        POLICY
-    )
+    gspo = partial(preference.gspo, epsilon_low=0.9, epsilon_high=0.9)
+    slope = jax.jit(jax.grad(lambda x: gspo(x, OLD, None, advantages, MASK)[0]), compiler_options=QUICK)(POLICY)
     np.testing.assert_allclose(slope, -(0.75**0.5) * np.array(advantages) / 4, rtol=1e-6)
 
 
@@ -259,7 +265,7 @@ def test_entropy_bonus_from_hidden_states():
         log_q = jax.nn.log_softmax(hidden @ weight.T)
         return jnp.sum(jnp.exp(log_q) * log_q, axis=-1, where=jnp.ones_like(log_q, bool))[mask].mean()
 
-    (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(weight)
+    (value, metrics), slope = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(weight)
     want, wanted_slope = jax.value_and_grad(dense)(weight)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     np.testing.assert_allclose(metrics["entropy"], -want, rtol=1e-5)

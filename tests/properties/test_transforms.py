@@ -141,12 +141,6 @@ def test_scan_over_micro_batches(reference):
     assert_close(total, (reference[0][0], reference[1].weight))
 
 
-@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.nothing_saveable])
-def test_remat(policy, reference):
-    rematerialised = jax.checkpoint(lambda student: loss(student)[0], policy=policy)
-    assert_close(jax.jit(jax.value_and_grad(rematerialised))(STUDENT), (reference[0][0], reference[1]))
-
-
 def test_vmap():
     """One student, several rows of labels: the gradients of each."""
     labels = np.stack([LABELS, np.roll(LABELS, 1), np.full(N, -100)])

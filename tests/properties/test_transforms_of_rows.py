@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick_programs import Traced
+from sweeps import all_but, only
 
 import jaxkd
 
@@ -58,9 +59,7 @@ def total(name, student, labels=LABELS, **options):
     return jnp.mean(values * (UPSTREAM + values)) if values.ndim else jnp.sin(3 * values)
 
 
-def all_but(*fast):
-    """Every loss as a parameter, slow but for these: the others go through the same loop."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+FEW = ("cross_entropy", "token_divergences")  # the others go through the same loop
 
 
 def assert_close(a, b, rtol=2e-6):
@@ -68,7 +67,7 @@ def assert_close(a, b, rtol=2e-6):
         assert cases.relative_error(x, y) <= rtol
 
 
-@pytest.mark.parametrize("name", all_but("cross_entropy", "token_divergences"))
+@pytest.mark.parametrize("name", only(FEW, ALL))
 def test_jit_remat_and_vmap(name):
     """Each gives the eager value and gradient: of labels, of students, and of the values alone."""
 
@@ -89,7 +88,7 @@ def test_jit_remat_and_vmap(name):
         assert_close(got, compiled(student, row), rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", all_but("token_log_probs"))
+@pytest.mark.parametrize("name", only(("token_log_probs",), ALL))
 def test_gradients_of_different_arguments_in_any_order(name):
     """What was differentiated before, and cached, must not matter."""
 
@@ -132,9 +131,7 @@ SLOW = [("cross_entropy", "normalizer"), ("token_log_probs", "temperature"), ("t
 CONSTANTS = [(name, option) for name, options in TRACED.items() for option in options]
 
 
-@pytest.mark.parametrize(
-    ("name", "option"), [pytest.param(*x, marks=pytest.mark.slow) if x in SLOW else x for x in CONSTANTS]
-)
+@pytest.mark.parametrize(("name", "option"), all_but(SLOW, CONSTANTS))
 def test_traced_option(name, option):
     """A schedule: new values, no new compilation, the numbers of a constant."""
 
@@ -169,7 +166,7 @@ def test_a_traced_temperature_that_is_none_is_no_number(name):
         np.testing.assert_array_equal(np.isnan(step(temperature)), LABELS != -100)
 
 
-@pytest.mark.parametrize("name", all_but("cross_entropy", "token_divergences"))
+@pytest.mark.parametrize("name", only(FEW, ALL))
 def test_second_derivative(name, x64):
     """Forward over reverse: a gradient, formed with the loss or again in the backward pass, is differentiable."""
     student, direction = (cases.head(seed, N, D, V).astype(jnp.float64).hidden for seed in (0, 2))

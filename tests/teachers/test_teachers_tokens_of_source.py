@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from sweeps import only
 
 import jaxkd
 
@@ -106,7 +107,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", only(("both", "hybrid_fsdp"), LAYOUTS))
 def test_many_devices(name):
     """With rows and a vocabulary that nothing divides, and fewer columns on a device than are asked for."""
     shape, rows, vocabulary = LAYOUTS[name]

@@ -1,4 +1,4 @@
-"""Comparisons as parameters of a test: every loss in one dtype, by turns; the other dtypes are a sweep."""
+"""Comparisons as parameters of a test: every loss once, settings and dtypes by turns; the others are a sweep."""
 
 from collections import defaultdict
 
@@ -6,10 +6,10 @@ import pytest
 
 
 def by_turns(comparisons):
-    """Parameters with ids; of each loss and setting one is run, the others are marked slow."""
+    """Parameters with ids; of each loss one is run, the others are marked slow."""
     groups = defaultdict(list)
     for comparison in comparisons:
-        groups[comparison.family, comparison.loss, comparison.setting].append(comparison)
+        groups[comparison.family, comparison.loss].append(comparison)
     return [
         pytest.param(comparison, id=str(comparison), marks=() if i == turn % len(group) else pytest.mark.slow)
         for turn, group in enumerate(groups.values())

@@ -18,8 +18,7 @@ def test_every_loss_in_both_types():
     settings = {(case.loss, case.setting) for case in ALL}
     assert len({str(case) for case in ALL}) == len(ALL) == 2 * len(settings)
     chosen = [case.values[0] for case in by_turns(ALL) if not case.marks]
-    assert {(case.loss, case.setting) for case in chosen} == settings
-    assert len(chosen) == len(settings)
+    assert sorted(case.loss for case in chosen) == sorted({loss for loss, _ in settings})
     assert {case.dtype for case in chosen} == {"float32", "bfloat16"}
 
 
