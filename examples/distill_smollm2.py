@@ -63,7 +63,7 @@ def run(settings, device, console):
     opened = run_folder.begin(folder, job.identity)
     log = opened.log
     if opened.is_new:
-        with console.status("scoring the teacher and the student before training"):
+        with report.busy(console, "scoring the teacher and the student before training"):
             log.write("held_out", 0, model=TEACHER, step=0, **training.evaluate_teacher(job.held_out))
             log.write("held_out", 0, model=PRUNED, step=0, **score(start))
             heads = start["embed"]["embedding"][...], job.held_out.teacher.weight

@@ -37,6 +37,7 @@ def train(arms, job, run, settings, console):
             state = arm.fresh_state()
             if position > arm_start:
                 state = run_folder.restore(checkpoints, position, state)
+            lines.say(f"{name}: the first step compiles", at_once=True)
             task = bar.add_task(name, total=steps, completed=position - arm_start, note="compiling")
             steps_left = range(position - arm_start + 1, steps + 1)
             batches = job.source.batches(

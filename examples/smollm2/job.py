@@ -52,7 +52,7 @@ def prepare(settings, device, console):
     dtype = settings.dtype or ("bfloat16" if device == "gpu" else "float32")
     identity = flags.lasting(settings) | {"dtype": dtype}
     run_folder.check(folder, identity, resume=settings.resume)
-    with console.status("opening the teacher"):
+    with report.busy(console, "opening the teacher"):
         torch_model, tokenizer = teacher.open_teacher(
             settings.teacher,
             settings.cache,

@@ -38,14 +38,21 @@ def progress_bar(console):
     return Progress(arm, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn(), console=console)
 
 
+def busy(console, what):
+    """A spinner while something takes its time, or a line where no terminal shows one."""
+    if not console.is_terminal:
+        console.print(what)
+    return console.status(what)
+
+
 class LinesNowAndThen:
     """What a bar shows, as a line every ``seconds`` where the output is a file or a pipe, in which no bar is drawn."""
 
     def __init__(self, console, seconds=20):
         self.console, self.seconds, self.last = console, seconds, time.monotonic()
 
-    def say(self, line):
-        if not self.console.is_terminal and time.monotonic() - self.last >= self.seconds:
+    def say(self, line, at_once=False):
+        if not self.console.is_terminal and (at_once or time.monotonic() - self.last >= self.seconds):
             self.console.print(line)
             self.last = time.monotonic()
 
