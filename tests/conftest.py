@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("jaxkd")
 # The emitters before XLA's fusion emitters compile in half the time, in a jaxlib that still has them. A program is one
 # LLVM module, where by default it is cut into many for idle cores: a quarter less, while every core has a worker.
 QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
-MOST_WORKERS = 16  # a worker holds up to 2 GB
+MOST_WORKERS = 8  # with two, one holds up to 6 GB in the end
 
 
 def _quick_to_compile():
