@@ -26,7 +26,6 @@ import jaxkd
 from examples.smollm2 import arms, flags, report, run_folder, sampling, training
 from examples.smollm2.job import launch, prepare
 from examples.smollm2.model import student_from_teacher
-from examples.smollm2.teacher import end_tokens
 
 TEACHER, PRUNED = "teacher", "pruned, untrained"
 CROSS_ENTROPY, OFF_POLICY, ON_POLICY = "cross-entropy alone", "off-policy distillation", "on-policy distillation"
@@ -42,14 +41,7 @@ def run(settings, device, console):
     graphdef, start = nnx.split(student_from_teacher(torch_model, settings.student_layers, job.dtype))
 
     # Samples are read by a Flax port of the teacher, on the device and in the same program as the sampler.
-    sample_batch = sampling.make_sample_batch(
-        graphdef,
-        student_from_teacher(torch_model, torch_model.config.num_hidden_layers, job.dtype),
-        job.held_out.teacher.weight,
-        prompt_length=settings.prompt_len,
-        temperature=settings.sample_temperature,
-        end_tokens=end_tokens(torch_model),
-    )
+    sample_batch = sampling.sampler_of(torch_model, job, settings)(graphdef)
     del torch_model
     torch.cuda.empty_cache()
 
@@ -74,12 +66,7 @@ def run(settings, device, console):
         batch = sample_batch(state["params"], batch.tokens, sampling.key_of(settings.seed, step))
         return sample_step(state, batch, settings.soft_weight, 0.0)  # its own tokens are no truth to learn
 
-    score_on_text, sampled_kl = training.make_evaluate(graphdef), training.make_sampled_kl(graphdef)
-
-    def evaluate(params):
-        samples = sample_batch(params, job.held_out.tokens, sampling.key_of(settings.seed, 0))
-        return score_on_text(params, job.held_out) | {"sampled_kl": sampled_kl(params, samples)}
-
+    evaluate = sampling.make_evaluate(graphdef, sample_batch, job.held_out, settings.seed)
     opened = run_folder.begin(settings.out, job.identity)
     log = opened.log
     if opened.is_new:

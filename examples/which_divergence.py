@@ -24,7 +24,6 @@ from flax import nnx
 from examples.smollm2 import arms, flags, run_folder, sampling, spread, text, training
 from examples.smollm2.job import launch, prepare
 from examples.smollm2.model import student_from_teacher
-from examples.smollm2.teacher import end_tokens
 
 TEACHER = "teacher"
 
@@ -38,14 +37,7 @@ def run(settings, device, console):
     settings.text = settings.text or text.standard_library()
     torch_model, job = prepare(settings, device, console)
     starts = {layers: student_from_teacher(torch_model, layers, job.dtype) for layers in settings.student_layers}
-    sample_batch_of = partial(
-        sampling.make_sample_batch,
-        teacher=student_from_teacher(torch_model, torch_model.config.num_hidden_layers, job.dtype),
-        teacher_head=job.held_out.teacher.weight,
-        prompt_length=settings.prompt_len,
-        temperature=settings.sample_temperature,
-        end_tokens=end_tokens(torch_model),
-    )
+    sample_batch_of = sampling.sampler_of(torch_model, job, settings)
     del torch_model
     torch.cuda.empty_cache()
 
@@ -56,7 +48,7 @@ def run(settings, device, console):
     for layers, student in starts.items():
         graphdef, start = nnx.split(student)
         sample_batch = sample_batch_of(graphdef)
-        evaluate = make_evaluate(graphdef, sample_batch, job, settings.seed)
+        evaluate = sampling.make_evaluate(graphdef, sample_batch, job.held_out, settings.seed)
         models[f"{layers} layers, untrained"] = layers, spread.UNTRAINED, settings.seed
         if opened.is_new:
             opened.log.write("held_out", 0, model=f"{layers} layers, untrained", step=0, **evaluate(start))
@@ -95,7 +87,8 @@ def takes_of(graphdef, optimizer, sample_batch, settings, chunk_size):
     options = {"temperature": settings.temperature, "chunk_size": chunk_size}
     steps = {
         name: training.make_train_step(graphdef, optimizer, divergence=flags.DIVERGENCES[name](None), **options)
-        for name in ("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl")
+        for name in flags.ARMS
+        if name in flags.DIVERGENCES
     }
 
     def cross_entropy(seed, state, step, batch):
@@ -115,17 +108,6 @@ def takes_of(graphdef, optimizer, sample_batch, settings, chunk_size):
         **{name: partial(distillation, name) for name in steps},
         "on_policy": on_policy,
     }
-
-
-def make_evaluate(graphdef, sample_batch, job, seed):
-    """``evaluate(params)``: scores on held-out text, and the divergence from the teacher on samples."""
-    score_on_text, sampled_kl = training.make_evaluate(graphdef), training.make_sampled_kl(graphdef)
-
-    def evaluate(params):
-        samples = sample_batch(params, job.held_out.tokens, sampling.key_of(seed, 0))
-        return score_on_text(params, job.held_out) | {"sampled_kl": sampled_kl(params, samples)}
-
-    return evaluate
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 
 import jaxkd
 from jaxkd.kernels import Chunk
-from jaxkd.kernels.dispatch import obstacle
+from jaxkd.kernels.dispatch import KERNELS, fastest, obstacle
 from jaxkd.loop import rows_of_chunk
 from jaxkd.loop.platform import target_device, target_platform
 
@@ -119,8 +119,8 @@ def _memory_of(device: jax.Device) -> str:
 def implementations(problem: Problem, dtype: Any) -> tuple[str, dict[str, str]]:
     """Which one a call takes, and of each what it can do here."""
     chunk = problem.chunk(dtype)
-    reasons = {name: obstacle(name, chunk, jaxkd.forward_kl) for name in ("mosaic", "triton")}
-    chosen = next((name for name, reason in reasons.items() if reason is None), "xla")
+    reasons = {name: obstacle(name, chunk, jaxkd.forward_kl) for name in KERNELS}
+    chosen = fastest(chunk, jaxkd.forward_kl)
     can = {name: f"cannot: {reason}" if reason else "can" for name, reason in reasons.items()} | {"xla": "can"}
     return chosen, can | {chosen: "runs"}
 

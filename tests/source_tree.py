@@ -1,10 +1,11 @@
-"""The repository's own Python files, read without running them: modules, and what each imports."""
+"""The repository's own files, read without running them: the pages, the modules, and what each of these imports."""
 
 import ast
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("jaxkd", "torch_bridge", "examples", "tests")
 
 

@@ -126,11 +126,15 @@ def add_sampling(add):
 
 def checked(parser, argv):
     settings = parser.parse_args(argv)
-    if getattr(settings, "beta", None) is not None and settings.divergence in PARAMETER_FREE:
-        parser.error(f"argument --beta: {settings.divergence} has no parameter")
     if settings.soft_weight == settings.hard_weight == 0:
         parser.error("arguments --soft-weight, --hard-weight: both are 0, so there is nothing to train on")
     return settings
+
+
+def check_student(parser, settings):
+    """What `add_student` asks for."""
+    if settings.beta is not None and settings.divergence in PARAMETER_FREE:
+        parser.error(f"argument --beta: {settings.divergence} has no parameter")
 
 
 def parse(argv=None):
@@ -140,7 +144,9 @@ def parse(argv=None):
         description="Distil SmolLM2-135M-Instruct into a Flax student with fewer layers, beside cross-entropy alone.",
     )
     add_student(add_common(parser, out="runs/smollm2"))
-    return checked(parser, argv)
+    settings = checked(parser, argv)
+    check_student(parser, settings)
+    return settings
 
 
 def parse_on_policy(argv=None):
@@ -168,6 +174,7 @@ def parse_on_policy(argv=None):
         help="whole: --divergence; sampled: reverse KL estimated",
     )
     settings = checked_sampling(parser, argv)
+    check_student(parser, settings)
     if settings.loss == "sampled" and settings.divergence != "reverse_kl":
         parser.error(
             f"argument --loss: sampled is an estimate of reverse_kl, and --divergence is {settings.divergence}"

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxkd
+from examples.smollm2 import training
+from examples.smollm2.model import student_from_teacher
+from examples.smollm2.teacher import end_tokens as end_tokens_of
 from torch_bridge import TeacherBatch
 
 IGNORED = -100  # the label of a token that does not count
@@ -98,3 +101,26 @@ def make_sample_batch(student_graphdef, teacher, teacher_head, *, prompt_length,
         return TeacherBatch(tokens, labels, jaxkd.LinearLogits(hidden, teacher_head))
 
     return sample_batch
+
+
+def sampler_of(torch_model, job, settings):
+    """``graphdef -> sample_batch`` of a student, read by a Flax port of the PyTorch teacher on the same device."""
+    return partial(
+        make_sample_batch,
+        teacher=student_from_teacher(torch_model, torch_model.config.num_hidden_layers, job.dtype),
+        teacher_head=job.held_out.teacher.weight,
+        prompt_length=settings.prompt_len,
+        temperature=settings.sample_temperature,
+        end_tokens=end_tokens_of(torch_model),
+    )
+
+
+def make_evaluate(graphdef, sample_batch, held_out, seed):
+    """``evaluate(params)``: scores on held-out text, and the divergence from the teacher on samples."""
+    score_on_text, sampled_kl = training.make_evaluate(graphdef), training.make_sampled_kl(graphdef)
+
+    def evaluate(params):
+        samples = sample_batch(params, held_out.tokens, key_of(seed, 0))
+        return score_on_text(params, held_out) | {"sampled_kl": sampled_kl(params, samples)}
+
+    return evaluate

@@ -43,6 +43,7 @@ except ImportError as error:  # deprecated in JAX 0.11
     _missing["triton"] = f"jax {jax.__version__} has no Pallas Triton backend ({error})"
 
 NAMES = (None, "xla", "triton", "mosaic")
+KERNELS = ("mosaic", "triton")  # the fastest first
 
 
 class CannotRun(ValueError):
@@ -83,13 +84,16 @@ def row_losses_for(
         why = f"it sums a term of each token and this {other}"
         raise CannotRun(f'`implementation="{implementation}"` cannot run here: {why}; use "xla" or None')
     if implementation is None:
-        for name in ("mosaic", "triton"):
-            if target_platform() == "cuda" and not obstacle(name, chunk, divergence):
-                return _on_cuda[name]
-        return reference.row_losses
+        return _on_cuda.get(fastest(chunk, divergence), reference.row_losses)
     if reason := obstacle(implementation, chunk, divergence):
         raise CannotRun(f'`implementation="{implementation}"` cannot run here: {reason}; use "xla" or None')
     return _kernels[implementation].row_losses
+
+
+def fastest(chunk: Chunk, divergence: AnyDivergence | None = None) -> str:
+    """The name of what None takes for logits in float32 and a sum over tokens."""
+    kernels = KERNELS if target_platform() == "cuda" else ()
+    return next((name for name in kernels if not obstacle(name, chunk, divergence)), "xla")
 
 
 def aligned_width(implementation: str | None, chunk: Chunk, divergence: AnyDivergence | None = None) -> int:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkd.kernels import ChunkRows, RowLosses, RowOptions, row_losses_for
 from jaxkd.logits import Place, Source, take_rows
-from jaxkd.loop import Metrics, Sharding, count_rows, metrics_of, sum_rows, weighted
+from jaxkd.loop import Metrics, Sharding, metrics_of, sum_rows, weighted
 from jaxkd.loop.checks import check_labels, check_row_arguments, check_scalar, check_source, known_to_be
 from jaxkd.loop.flattening import check_sources, on_auto_axes
 from jaxkd.loop.partitioning import ROWS, Partitioning, partitioning_of
@@ -103,16 +103,7 @@ def _loss_of_arrays(
 ) -> tuple[jax.Array, Metrics]:
     models = flat_models(partitioning, student, chunk_size=chunk_size, implementation=implementation)
     dtype = models.student.dtype
-    rows = count_rows(
-        partitioning,
-        models.leading_shape,
-        models.width,
-        dtype,
-        labels=labels,
-        weights=weights,
-        normalizer=normalizer,
-        ignore_index=ignore_index,
-    )
+    rows = models.count_rows(labels=labels, weights=weights, normalizer=normalizer, ignore_index=ignore_index)
     loss = _CrossEntropy(
         labels=rows.labels,
         weights=rows.weights,

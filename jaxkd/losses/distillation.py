@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxkd.divergences import AnyDivergence, check_divergence, forward_kl, jensen_shannon
 from jaxkd.kernels import ChunkRows, RowLosses, RowOptions, row_losses_for
 from jaxkd.logits import LinearLogits, Place, Source, take_rows
-from jaxkd.loop import Metrics, Sharding, count_rows, metrics_of, sum_rows, weighted
+from jaxkd.loop import Metrics, Sharding, metrics_of, sum_rows, weighted
 from jaxkd.loop.checks import (
     check_row_arguments,
     check_same_rows,
@@ -279,11 +279,7 @@ def _loss_of_arrays(
     if teacher is not None:
         divergence = jax.tree.map(lambda x: jnp.asarray(x, dtype), arguments.divergence)
     in_buckets = teacher is not None and teacher.IN_BUCKETS
-    rows = count_rows(
-        partitioning,
-        models.leading_shape,
-        models.width,
-        dtype,
+    rows = models.count_rows(
         labels=arguments.labels,
         weights=arguments.weights,
         normalizer=arguments.normalizer,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxkd.divergences import AnyDivergence, Divergence
 from jaxkd.kernels import Chunk, VocabularyShards, aligned_width
 from jaxkd.logits import LinearLogits
-from jaxkd.loop import Plan, Sharding, rows_of_chunk
+from jaxkd.loop import CountedRows, Plan, Sharding, count_rows, rows_of_chunk
 from jaxkd.loop.checks import check_widths
 from jaxkd.loop.flattening import check_sources, filled_up, flat_sources, splits_vocabulary
 from jaxkd.loop.partitioning import Partitioning, partitioning_of
@@ -61,6 +61,28 @@ class FlatModels(NamedTuple):
     shards: VocabularyShards | None
     chunk: Chunk
     plan: Plan
+
+    def count_rows(
+        self,
+        *,
+        labels: Any = None,
+        weights: Any = None,
+        normalizer: Any = None,
+        mask: Any = None,
+        ignore_index: int = -100,
+    ) -> CountedRows:
+        """Which of their rows count, and how much: `jaxkd.loop.count_rows` of the student's."""
+        return count_rows(
+            self.plan.partitioning,
+            self.leading_shape,
+            self.width,
+            self.student.dtype,
+            labels=labels,
+            weights=weights,
+            normalizer=normalizer,
+            mask=mask,
+            ignore_index=ignore_index,
+        )
 
 
 def flat_models(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxkd.divergences import AnyDivergence, check_divergence, forward_kl
 from jaxkd.kernels import ChunkRows, RowLosses, RowOptions, VocabularyShards, row_losses_for, top_token
 from jaxkd.logits import Place, Source, take_rows
-from jaxkd.loop import Sharding, count_rows, map_rows, weighted
+from jaxkd.loop import Sharding, map_rows, weighted
 from jaxkd.loop.checks import (
     check_row_arguments,
     check_same_rows,
@@ -115,7 +115,7 @@ def _of_arrays(
     )
     dtype, one_head = models.student.dtype, replace(models.chunk, teacher_width=None)
     divergence = jax.tree.map(lambda x: jnp.asarray(x, dtype), divergence)
-    rows = count_rows(partitioning, models.leading_shape, models.width, dtype, labels=labels, ignore_index=ignore_index)
+    rows = models.count_rows(labels=labels, ignore_index=ignore_index)
     statistics = _Statistics(
         labels=rows.labels,
         weights=rows.weights,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxkd.divergences import AnyDivergence, Divergence
 from jaxkd.kernels import ChunkRows, RowLosses, RowOptions, RowSums, names_of_sums, row_gradient, row_losses_for
 from jaxkd.logits import Place, take_rows
-from jaxkd.loop import count_rows, map_rows, weighted
+from jaxkd.loop import map_rows, weighted
 from jaxkd.loop.checks import known_to_be, sound_temperature
 from jaxkd.loop.flattening import on_auto_axes, with_leading_axes
 from jaxkd.loop.partitioning import ROWS, Partitioning
@@ -77,15 +77,7 @@ def _of_arrays(
         divergence=divergence,
     )
     dtype, teacher = models.student.dtype, models.teacher
-    rows = count_rows(
-        partitioning,
-        models.leading_shape,
-        models.width,
-        dtype,
-        labels=labels,
-        weights=mask,
-        ignore_index=ignore_index,
-    )
+    rows = models.count_rows(labels=labels, weights=mask, ignore_index=ignore_index)
     divergence = jax.tree.map(lambda x: jnp.asarray(x, dtype), divergence)
     in_buckets = teacher is not None and teacher.IN_BUCKETS
     loss = _TokenValues(

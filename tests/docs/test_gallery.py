@@ -1,9 +1,8 @@
 """The gallery shows every program of the examples, and no other."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from source_tree import ROOT
 
 
 def test_every_program_is_shown():

@@ -5,10 +5,9 @@ import inspect
 import re
 
 import pytest
-import source_tree
+from source_tree import PAGES, ROOT
 
-PAGES = [source_tree.ROOT / "README.md", *sorted((source_tree.ROOT / "docs").rglob("*.md"))]
-IDS = [str(page.relative_to(source_tree.ROOT)) for page in PAGES]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]+)\)")
 # And the arguments of a call, if it is one. NAME stands for any.
 NAME = re.compile(r"(?<![\w./-])((?:jaxkd|torch_bridge)(?:\.(?!NAME)\w+)+)(?:\(([^()]*))?")

@@ -1,11 +1,10 @@
 """The notebook of the documentation: committed as it ran, and it runs."""
 
 import json
-from pathlib import Path
 
 import pytest
+from source_tree import ROOT
 
-ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "first_steps.ipynb"
 
 

@@ -1,15 +1,13 @@
 """The pictures of the documentation can be drawn again, and each is in its folder."""
 
 import re
-from pathlib import Path
 
 import pytest
+from source_tree import PAGES
 
 pytest.importorskip("matplotlib")
 
 from examples import pictures
-
-ROOT = Path(__file__).parents[2]
 
 
 def draw(name, folder):
@@ -39,6 +37,5 @@ def test_every_picture_is_there():
     """Those that are drawn, and those that a page shows."""
     there = {path.name for path in pictures.FOLDER.iterdir()}
     assert {f"{name}.png" for name in pictures.PICTURES} <= there
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    shown = {name for page in pages for name in re.findall(r"pictures/([\w.-]+)\)", page.read_text())}
+    shown = {name for page in PAGES for name in re.findall(r"pictures/([\w.-]+)\)", page.read_text())}
     assert shown <= there

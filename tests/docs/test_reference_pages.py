@@ -4,11 +4,10 @@ import ast
 import importlib
 import re
 from collections import Counter
-from pathlib import Path
 
 import source_tree
 
-PAGES = sorted((Path(__file__).parents[2] / "docs" / "reference").glob("*.md"))
+PAGES = [page for page in source_tree.PAGES if page.parent.name == "reference"]
 ENTRIES = Counter(name for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE))
 PACKAGES = ("jaxkd", "jaxkd.preference", "jaxkd.embedding", "torch_bridge")
 

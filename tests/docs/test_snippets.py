@@ -8,13 +8,11 @@ import importlib.util
 import itertools
 import re
 import textwrap
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from source_tree import PAGES, ROOT
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
     r"(?:^ *<!-- (?P<comment>(?:(?!-->).)*) -->\n)?"
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```",

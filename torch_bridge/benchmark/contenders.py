@@ -4,7 +4,7 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxkd.kernels.dispatch import Chunk, obstacle
+from jaxkd.kernels.dispatch import KERNELS, Chunk, obstacle
 from torch_bridge.benchmark.batches import Shape
 from torch_bridge.benchmark.one_head import jax_dense_labels, jaxkd_labels, torch_compiled_labels, torch_dense_labels
 from torch_bridge.benchmark.peers import peers
@@ -43,7 +43,7 @@ def implementations(kind: Kind, shape: Shape, rows: int, device: str) -> list[st
     """jaxkd's implementations that can run this, the one it takes by itself first."""
     teacher_width = None if kind in ONE_HEAD else shape.vocabulary
     chunk = Chunk(min(rows, min(CHUNK_SIZES)), shape.vocabulary, teacher_width, jnp.dtype(jnp.float32))
-    kernels = [name for name in ("mosaic", "triton") if device == "cuda" and not obstacle(name, chunk)]
+    kernels = [name for name in KERNELS if device == "cuda" and not obstacle(name, chunk)]
     return [*kernels, "xla"]
 
 
