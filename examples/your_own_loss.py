@@ -101,6 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
             distil(student, teacher, optimizer, random_windows(train, rng, BATCH, LENGTH), function)
             if step % EVALUATE_EVERY == 0 or step == options.steps:
                 curves[name].append((step, evaluate(student, teacher, unseen)))
+                print(f"    {name}, step {step}: JSD {curves[name][-1][1]['soft']:.4f}", flush=True)
         for when, (_, scores) in (("before", curves[name][0]), ("after", curves[name][-1])):
             numbers = f"{-scores['log_prob']:.3f}", f"{scores['soft']:.4f}", f"{scores['agrees']:.1%}"
             table.row(f"{name}, {when}", *numbers)

@@ -4,6 +4,7 @@ Most of the suite's time is XLA's. On the CPU, tests skip most of its optimizati
 the next run under `.pytest_cache` (`pytest --cache-clear` drops it); programs that tests start inherit both.
 """
 
+import collections
 import gc
 import hashlib
 import importlib.util
@@ -12,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import hypothesis
@@ -32,6 +34,7 @@ hypothesis.settings.load_profile("jaxkd")
 # The emitters before XLA's fusion emitters compile in half the time, in a jaxlib that still has them. A program is one
 # LLVM module, where by default it is cut into many for idle cores: a quarter less, while every core has a worker.
 QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+EVERY = 6  # of a test's cases one in so many is run where every test is
 MOST_WORKERS = 8  # with two, one holds up to 6 GB in the end
 
 
@@ -90,6 +93,11 @@ def _keep_what_is_compiled(config):
         os.environ[name.upper()] = str(value)  # for programs that are started by tests
 
 
+def pytest_addoption(parser):
+    what = f"of the cases of a test run one in N, and no slow ones; default: {EVERY} where every test is run, else 1"
+    parser.addoption("--every", type=int, metavar="N", help=what)
+
+
 def pytest_configure(config):
     """Everything but the GPU tests runs on the CPU, also where there is a GPU: the same numbers on every machine."""
     if _has_gpu():
@@ -133,9 +141,30 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.get_closest_marker("optimized") is not None)
     # Slow tests run where they are asked for: by an expression of markers, or by name.
     if not config.option.markexpr and not any("::" in argument for argument in config.args):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+        _deselect(config, items, [item for item in items if item.get_closest_marker("slow")])
+        runs_every_test = config.args == config.getini("testpaths") and not config.option.keyword
+        every = config.option.every or (EVERY if runs_every_test else 1)
+        _deselect(config, items, _other_cases(items, every))
+
+
+def _other_cases(items, every):
+    """What is left out if of a test's cases one in ``every`` is run, and at least one.
+
+    Which it is differs from test to test, so that each divergence, teacher and layout stays in some.
+    """
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for name, group in cases.items():
+        kept.update(group[zlib.crc32(name.encode()) % min(every, len(group)) :: every])
+    return [item for item in items if item not in kept]
+
+
+def _deselect(config, items, left_out):
+    config.hook.pytest_deselected(items=left_out)
+    left_out = set(left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(tryfirst=True)

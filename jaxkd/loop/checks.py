@@ -24,6 +24,7 @@ def check_source(source: Any, prefix: str) -> None:
         kind = "an array" if is_array else f"a {type(source).__name__}"
         raise TypeError(
             f"`{name}` is {kind}; give a jaxkd.LinearLogits of hidden states and head, or a jaxkd.Logits of logits"
+            + ("; jaxkd.fused_linear_jsd takes arrays as they are" if is_array else "")
         )
     if source.vocabulary < 1:
         raise ValueError(

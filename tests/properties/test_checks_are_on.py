@@ -3,6 +3,7 @@
 import fnmatch
 import importlib
 import tomllib
+from collections import namedtuple
 
 import conftest
 import jax.numpy as jnp
@@ -73,3 +74,16 @@ def test_what_is_left_out_without_torch_is_what_imports_it():
 @pytest.mark.parametrize("pattern", conftest.NEEDS_TORCH)
 def test_patterns_of_what_is_left_out_match(pattern):
     assert any(pattern in left_out_without_torch(path) for path in TEST_FILES.values())
+
+
+@pytest.mark.parametrize("num_cases", [1, 5, 6, 40])
+def test_every_test_is_run_with_some_of_its_cases(num_cases):
+    names = [f"tests/test_{i}.py::test" for i in range(100)]
+    Case = namedtuple("Case", "nodeid")
+    items = [Case(f"{name}[{case}]") for name in names for case in range(num_cases)]
+    left_out = {item.nodeid for item in conftest._other_cases([*items], 6)}
+    run = [item.nodeid.rstrip("]").split("[") for item in items if item.nodeid not in left_out]
+    assert {name for name, _ in run} == {*names}
+    assert {int(case) for _, case in run} == {*range(num_cases)}, "no case is left out of all tests"
+    assert len(run) <= 100 * -(-num_cases // 6)
+    assert not conftest._other_cases([*items], 1)

@@ -109,7 +109,12 @@ def test_at_tracing(case):
 STUDENT = jaxkd.LinearLogits(GOOD["student_hidden"], GOOD["student_weight"])
 TEACHER = jaxkd.LinearLogits(GOOD["teacher_hidden"], GOOD["teacher_weight"])
 BAD_SOURCES = {
-    "array_as_student": ((STUDENT.hidden, TEACHER), {}, TypeError, ["`student` is an array;", "LinearLogits"]),
+    "array_as_student": (
+        (STUDENT.hidden, TEACHER),
+        {},
+        TypeError,
+        ["`student` is an array;", "LinearLogits", "fused_linear_jsd"],
+    ),
     "array_as_teacher": ((STUDENT, TEACHER.hidden), {}, TypeError, ["`teacher`", "LinearLogits"]),
     "none_as_teacher": ((STUDENT, None), {}, TypeError, ["`teacher`", "NoneType"]),
     "integer_logits": ((STUDENT, jaxkd.Logits(jnp.ones((N, V), int))), {}, TypeError, [r"`teacher\.values`", "int"]),

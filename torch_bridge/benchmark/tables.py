@@ -24,6 +24,13 @@ def shown(value: float | None, form: str = ".2f", scale: float = 1) -> str:
     return "" if value is None else f"{value * scale:{form}}"
 
 
+def of_bytes(value: float | None) -> str:
+    """In GiB; what is small is in MiB, and says so."""
+    if value is None:
+        return ""
+    return f"{value / 2**20:.1f} MiB" if value < 0.1 * 2**30 else f"{value / 2**30:.2f}"
+
+
 def from_to(result: Result) -> str:
     return f"{min(result.times) * 1e3:.1f} to {max(result.times) * 1e3:.1f}" if result.times else ""
 
@@ -36,7 +43,7 @@ def as_text(failure: str) -> str:
 LEGEND = """\
 ms, min to max  the median of the rounds, and their range; products: multiples of the bare matrix products of the task
 whole           of the same contender's time without ignored rows
-memory, work    GiB beyond the inputs; the workspace leaves out the gradients that are returned
+memory, work    GiB (MiB where it says so) beyond the inputs; the workspace leaves out the gradients that are returned
 errors          relative in L2 against float64, of the loss and of both gradients"""
 
 
@@ -56,8 +63,8 @@ def table(title: str, results: Sequence[Result]) -> Table:
             from_to(result),
             shown(ratio(result.median, floor_of(results, result))),
             shown(of_whole(results, result)),
-            shown(result.memory, scale=2**-30),
-            shown(result.workspace, scale=2**-30),
+            of_bytes(result.memory),
+            of_bytes(result.workspace),
             *(shown(result.errors.get(name), ".1e") for name in ("loss", "hidden", "weight")),
             as_text(result.failure),
         )
@@ -74,7 +81,7 @@ def rows_table(cases: Mapping[str, Case], results: Results) -> Table:
         shape, rows = cases[name]
         for result in found:
             key = (" / ".join(map(str, shape)), result.task, result.contender)
-            cell = f"{shown(result.median, '.2f', 1e3)} ({shown(result.workspace, scale=2**-30)})"
+            cell = f"{shown(result.median, '.2f', 1e3)} ({of_bytes(result.workspace)})"
             lines.setdefault(key, {})[rows] = cell if result.times else as_text(result.failure.split(":")[0])
     for key, cells in lines.items():
         view.add_row(*key, *(cells.get(n, "") for n in counts))
