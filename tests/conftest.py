@@ -35,7 +35,7 @@ hypothesis.settings.load_profile("jaxkd")
 # LLVM module, where by default it is cut into many for idle cores: a quarter less, while every core has a worker.
 QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 EVERY = 6  # of a test's cases one in so many is run where every test is
-MOST_WORKERS = 8  # with two, one holds up to 6 GB in the end
+MOST_WORKERS = 8
 
 
 def _quick_to_compile():
@@ -174,6 +174,13 @@ def pytest_runtest_setup(item):
     if jax.config.read("jax_disable_most_optimizations") == optimized:
         jax.clear_caches()  # `jax.jit` does not compile again for this option
         jax.config.update("jax_disable_most_optimizations", not optimized)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """What a file has compiled serves few others: kept to the end, a worker holds gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -88,6 +88,7 @@ distill_smollm2.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_run_resumes_to_the_same_losses(command, finished, tmp_path, monkeypatch, capsys):
     """Killed after a checkpoint, stopped by Ctrl-C between the arms and in the second, then fed by the live teacher."""
     out = tmp_path / "run"

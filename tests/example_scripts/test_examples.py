@@ -44,6 +44,7 @@ def passages():
     return train_embeddings.read_passages()
 
 
+@pytest.mark.slow
 def test_embeddings(tmp_path, capsys, passages, monkeypatch):
     assert passages.shape[1] == train_embeddings.PASSAGE
     assert len(np.unique(passages, axis=0)) == len(passages) > 10_000
@@ -85,6 +86,7 @@ def test_alignment(loss, capsys, tmp_path):
     assert (tmp_path / "align.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_words")
 def test_your_own_loss(tmp_path, capsys):
     your_own_loss.main(["--steps", "6", "--out", str(tmp_path)])

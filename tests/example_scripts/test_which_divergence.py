@@ -28,6 +28,7 @@ def run(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_every_student_is_trained_and_scored(run):
     results = json.loads((run / "scores.json").read_text())
     untrained, *trained = results["students"]
@@ -40,6 +41,7 @@ def test_every_student_is_trained_and_scored(run):
     assert (run / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_batches_are_the_students_own_after_the_warm_up(run):
     rows = {r["step"]: r["num_rows"] for r in records(run, "train") if r["model"] == "2 layers, on_policy, seed 0"}
     assert all(rows[step] == 2 * 12 for step in (1, 2, 3, 4, 5, 7))
