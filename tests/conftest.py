@@ -94,7 +94,7 @@ def _keep_what_is_compiled(config):
 
 
 def pytest_addoption(parser):
-    what = f"of the cases of a test run one in N, and no slow ones; default: {EVERY} where every test is run, else 1"
+    what = f"of the cases of a test run one in N; default: {EVERY} where every test is run, else 1"
     parser.addoption("--every", type=int, metavar="N", help=what)
 
 
@@ -142,9 +142,8 @@ def pytest_collection_modifyitems(config, items):
     # Slow tests run where they are asked for: by an expression of markers, or by name.
     if not config.option.markexpr and not any("::" in argument for argument in config.args):
         _deselect(config, items, [item for item in items if item.get_closest_marker("slow")])
-        runs_every_test = config.args == config.getini("testpaths") and not config.option.keyword
-        every = config.option.every or (EVERY if runs_every_test else 1)
-        _deselect(config, items, _other_cases(items, every))
+    chosen = config.option.markexpr or config.option.keyword or config.args != config.getini("testpaths")
+    _deselect(config, items, _other_cases(items, config.option.every or (1 if chosen else EVERY)))
 
 
 def _other_cases(items, every):
