@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from jaxkd.divergences import AnyDivergence, Divergence
@@ -62,27 +63,10 @@ class FlatModels(NamedTuple):
     chunk: Chunk
     plan: Plan
 
-    def count_rows(
-        self,
-        *,
-        labels: Any = None,
-        weights: Any = None,
-        normalizer: Any = None,
-        mask: Any = None,
-        ignore_index: int = -100,
-    ) -> CountedRows:
-        """Which of their rows count, and how much: `jaxkd.loop.count_rows` of the student's."""
-        return count_rows(
-            self.plan.partitioning,
-            self.leading_shape,
-            self.width,
-            self.student.dtype,
-            labels=labels,
-            weights=weights,
-            normalizer=normalizer,
-            mask=mask,
-            ignore_index=ignore_index,
-        )
+    @property
+    def count_rows(self) -> partial[CountedRows]:
+        """`jaxkd.loop.count_rows` of the student's rows: which of them count, and how much."""
+        return partial(count_rows, self.plan.partitioning, self.leading_shape, self.width, self.student.dtype)
 
 
 def flat_models(
