@@ -10,7 +10,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxkd
@@ -139,6 +138,11 @@ WITH_JUMPS = ("total_variation", "overlap_nll")  # whose slope is a sign, on eit
 # Models
 
 
+def on_device(x: np.ndarray, dtype) -> jax.Array:
+    """`jnp.asarray` is a program for each shape."""
+    return jax.device_put(np.asarray(x, dtype))
+
+
 @dataclass(frozen=True)
 class Head:
     """The NumPy twin of `jaxkd.LinearLogits`."""
@@ -155,7 +159,7 @@ class Head:
 
     def astype(self, dtype, head_dtype=None) -> jaxkd.LinearLogits:
         """For the library: the hidden states in ``dtype``, the head in ``head_dtype`` or the same."""
-        x = self.map(lambda name, x: jnp.asarray(x, dtype if name == "hidden" else head_dtype or dtype))
+        x = self.map(lambda name, x: on_device(x, dtype if name == "hidden" else head_dtype or dtype))
         return jaxkd.LinearLogits(x.hidden, x.weight, x.bias, scale=x.scale, softcap=x.softcap)
 
     @property

@@ -177,7 +177,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """What a file has compiled serves few others: kept to the end, a worker holds gigabytes."""
+    """What a file has compiled serves few others: kept to the end, a worker holds gigabytes, and is no quicker."""
     yield
     jax.clear_caches()
 

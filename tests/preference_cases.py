@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
 
 def cast(inputs: dict[str, Any], dtype: Any = jnp.float32) -> dict[str, jax.Array]:
-    return {k: jnp.asarray(x, dtype if x.dtype == np.float64 else x.dtype) for k, x in inputs.items()}
+    return {k: jax.device_put(np.asarray(x, dtype if x.dtype == np.float64 else x.dtype)) for k, x in inputs.items()}
 
 
 @cache

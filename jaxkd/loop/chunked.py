@@ -54,23 +54,31 @@ def sum_rows(loss: RowLoss, student: Source, is_counted: Counted, normalizer: Fl
     not count is never read. Memory beyond inputs and gradients is that of one chunk. Over more than one device, the
     ``plan`` says what of the arrays each of them has.
     """
-    return _sum_rows_compiled(plan, PROBE, is_counted, loss, student, normalizer)
+    return _sum_rows(plan, PROBE, is_counted, loss, student, normalizer)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_rows(
     plan: Plan, probe: Any, is_counted: Counted, loss: Any, student: Any, normalizer: Float[Array, ""]
 ) -> Sums:
-    sums, _ = _loop_on_mesh(plan, is_counted, loss, student, normalizer, wanted=frozenset())
+    sums, _ = _sums_and_residuals(plan, frozenset(), is_counted, loss, student, normalizer)
     return sums
 
 
 def _sum_rows_forward(plan: Plan, *arguments: Any) -> tuple[Sums, Any]:
-    _, is_counted, loss, student, normalizer = custom_vjp_primal_tree_values(arguments)
-    probe, _, *constants = arguments
-    _reject_gradient(probe, loss=constants[0], normalizer=constants[2])
+    probe, _, loss, student, normalizer = arguments
+    _reject_gradient(probe, loss=loss, normalizer=normalizer)
     check_differentiable(plan.partitioning)
-    sums, gradients = _loop_on_mesh(plan, is_counted, loss, student, normalizer, wanted=_perturbed(constants[1]))
+    return _sums_and_residuals(plan, _perturbed(student), *custom_vjp_primal_tree_values(arguments[1:]))
+
+
+# Compiled once a shape when called outside of jit too, and inside of the custom_vjp: differentiation then traces the
+# forward pass alone.
+@partial(jax.jit, static_argnums=(0, 1))
+def _sums_and_residuals(
+    plan: Plan, wanted: frozenset[str], is_counted: Counted, loss: Any, student: Any, normalizer: Float[Array, ""]
+) -> tuple[Sums, Any]:
+    sums, gradients = _loop_on_mesh(plan, is_counted, loss, student, normalizer, wanted)
     # With each gradient goes an empty array of its primal's type, all that the backward pass needs of the primal. A
     # field that was not wanted has an empty gradient: JAX expects the same tree whichever fields are differentiated.
     residuals = {
@@ -88,18 +96,20 @@ def _sum_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
     upstream = cotangents["loss"]
     if isinstance(upstream, SymbolicZero):
         return None, None, None, None, None
+    return None, None, None, _times_gradients(plan, upstream, residuals), None
 
+
+@partial(jax.jit, static_argnums=0)
+def _times_gradients(plan: Plan, upstream: Float[Array, ""], residuals: Any) -> Any:
     def finished(gradient: jax.Array, primal: jax.Array) -> jax.Array | None:
         wanted = gradient.shape != (0,)
         return as_primal(upstream * gradient.astype(upstream.dtype), primal).astype(primal.dtype) if wanted else None
 
     fields = {name: jax.tree.map(finished, *entry) for name, entry in vars(residuals).items()}
-    gradients = {name: _gathered(plan, residuals, name, x) for name, x in fields.items()}
-    return None, None, None, replace(residuals, **gradients), None
+    return replace(residuals, **{name: _gathered(plan, residuals, name, x) for name, x in fields.items()})
 
 
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward, symbolic_zeros=True)
-_sum_rows_compiled = jax.jit(_sum_rows, static_argnums=0)  # once a shape when called outside of jit too
 
 
 # Gradients recomputed in the backward pass.
@@ -110,7 +120,7 @@ def map_rows(loss: RowValues, student: Source, is_counted: Counted, plan: Plan) 
 
     Differentiable and read as in `sum_rows`; memory is the same, in the backward pass too: no chunk is kept for it.
     """
-    return _map_rows_compiled(plan, PROBE, is_counted, loss, student)
+    return _map_rows(plan, PROBE, is_counted, loss, student)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -119,24 +129,31 @@ def _map_rows(plan: Plan, probe: Any, is_counted: Counted, loss: Any, student: A
 
 
 def _map_rows_forward(plan: Plan, *arguments: Any) -> tuple[dict[str, jax.Array], Any]:
-    primals = custom_vjp_primal_tree_values(arguments)
     probe, _, loss, student = arguments
     _reject_gradient(probe, loss=loss)
     check_differentiable(plan.partitioning)
-    # An empty array marks a field that is not wanted, for the reason above.
-    marks = {name: jnp.zeros((int(name in _perturbed(student)),)) for name in vars(student)}
-    _, is_counted, primal_loss, primal_student = primals
+    primals = custom_vjp_primal_tree_values(arguments[1:])
+    is_counted, primal_loss, primal_student = primals
     values = _values_on_mesh(plan, is_counted, primal_loss.saving(), primal_student)
     saved = {name: x for name, x in values.items() if name not in primal_loss.names}
+    # An empty array marks a field that is not wanted, for the reason above.
+    marks = {name: np.zeros((int(name in _perturbed(student)),), np.float32) for name in vars(student)}
     return {name: values[name] for name in primal_loss.names}, (primals, saved, marks)
 
 
 def _map_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -> tuple[Any, ...]:
-    (_, is_counted, loss, student), saved, marks = residuals
+    primals, saved, marks = residuals
     upstream = cotangents["loss"]
     if isinstance(upstream, SymbolicZero):
         return None, None, None, None
     wanted = frozenset(name for name, mark in marks.items() if mark.size)
+    return None, None, None, _weighted_gradients(plan, wanted, upstream, saved, *primals)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _weighted_gradients(
+    plan: Plan, wanted: frozenset[str], upstream: Any, saved: Any, is_counted: Counted, loss: Any, student: Any
+) -> Any:
     one = jnp.ones((), student.dtype)
     _, gradients = _loop_on_mesh(plan, is_counted, loss.weighted(upstream, saved), student, one, wanted)
 
@@ -147,7 +164,7 @@ def _map_rows_backward(plan: Plan, residuals: Any, cotangents: dict[str, Any]) -
         name: jax.tree.map(finished, gradients[name], x) if name in wanted else None
         for name, x in vars(student).items()
     }
-    return None, None, None, replace(student, **{name: _gathered(plan, student, name, x) for name, x in fields.items()})
+    return replace(student, **{name: _gathered(plan, student, name, x) for name, x in fields.items()})
 
 
 def _gathered(plan: Plan, student: Any, name: str, field: Any) -> Any:
@@ -158,7 +175,6 @@ def _gathered(plan: Plan, student: Any, name: str, field: Any) -> Any:
 
 
 _map_rows.defvjp(_map_rows_forward, _map_rows_backward, symbolic_zeros=True)
-_map_rows_compiled = jax.jit(_map_rows, static_argnums=0)
 
 
 def read_rows(loss: RowReadings, student: Source, is_counted: Counted, plan: Plan) -> dict[str, Shaped[Array, "N ..."]]:
@@ -166,15 +182,13 @@ def read_rows(loss: RowReadings, student: Source, is_counted: Counted, plan: Pla
 
     Read as in `sum_rows`. Nothing of it can be differentiated.
     """
-    return _values_on_mesh_compiled(plan, is_counted, loss, student)
+    return _values_on_mesh(plan, is_counted, loss, student)
 
 
+@partial(jax.jit, static_argnums=0)
 def _values_on_mesh(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Shaped[Array, "N ..."]]:
     rows = spec(plan.partitioning, (ROWS,))
     return _on_mesh(plan, partial(_values, plan), dict.fromkeys(loss.names, rows), is_counted, loss, student)
-
-
-_values_on_mesh_compiled = jax.jit(_values_on_mesh, static_argnums=0)
 
 
 def _values(plan: Plan, is_counted: Counted, loss: Any, student: Any) -> dict[str, Shaped[Array, "N ..."]]:

@@ -1,5 +1,6 @@
 """JAX's transformations of the loss, and what is compiled how often."""
 
+import os
 from functools import partial
 
 import cases
@@ -157,6 +158,27 @@ def test_vmap_over_students():
     for i in range(2):
         one = gradient(jax.tree.map(lambda x, i=i: x[i], students))
         assert_close(jax.tree.map(lambda x, i=i: x[i], batched), one)
+
+
+@pytest.mark.skipif(
+    os.environ.get("JAX_CUSTOM_VJP3") == "1", reason="with this configuration JAX traces the loss first"
+)
+@pytest.mark.parametrize(
+    ("of_rows", "backward"), [(jaxkd.chunked_loss, 0), (jaxkd.chunked_rows, 1)], ids=["chunked_loss", "chunked_rows"]
+)
+def test_differentiation_traces_the_forward_pass_alone(of_rows, backward):
+    """And not the loss besides; one number a row has a loop in its backward pass."""
+
+    def loss(student):
+        values = of_rows(counted, student, chunk_size=CHUNK)
+        return values[0] if of_rows is jaxkd.chunked_loss else jnp.sum(values)
+
+    counts = []
+    for function in (loss, jax.value_and_grad(loss)):
+        counted = Traced(lambda logits, labels, per_row, shared: jnp.mean(logits**2, axis=1))
+        jax.jit(function).trace(STUDENT)
+        counts.append(counted.count)
+    assert counts[1] == counts[0] + backward
 
 
 TRACED = {
