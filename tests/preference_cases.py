@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cases import on_device
 from quick_programs import QUICK
 
 import jaxkd
@@ -58,7 +59,7 @@ class Case(NamedTuple):
 
 
 def cast(inputs: dict[str, Any], dtype: Any = jnp.float32) -> dict[str, jax.Array]:
-    return {k: jax.device_put(np.asarray(x, dtype if x.dtype == np.float64 else x.dtype)) for k, x in inputs.items()}
+    return {k: on_device(x, dtype if x.dtype == np.float64 else x.dtype) for k, x in inputs.items()}
 
 
 @cache

@@ -106,7 +106,7 @@ def _times_gradients(plan: Plan, upstream: Float[Array, ""], residuals: Any) -> 
         return as_primal(upstream * gradient.astype(upstream.dtype), primal).astype(primal.dtype) if wanted else None
 
     fields = {name: jax.tree.map(finished, *entry) for name, entry in vars(residuals).items()}
-    return replace(residuals, **{name: _gathered(plan, residuals, name, x) for name, x in fields.items()})
+    return _gathered(plan, residuals, fields)
 
 
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward, symbolic_zeros=True)
@@ -137,7 +137,8 @@ def _map_rows_forward(plan: Plan, *arguments: Any) -> tuple[dict[str, jax.Array]
     values = _values_on_mesh(plan, is_counted, primal_loss.saving(), primal_student)
     saved = {name: x for name, x in values.items() if name not in primal_loss.names}
     # An empty array marks a field that is not wanted, for the reason above.
-    marks = {name: np.zeros((int(name in _perturbed(student)),), np.float32) for name in vars(student)}
+    wanted = _perturbed(student)
+    marks = {name: np.zeros((int(name in wanted),), np.float32) for name in vars(student)}
     return {name: values[name] for name in primal_loss.names}, (primals, saved, marks)
 
 
@@ -164,14 +165,17 @@ def _weighted_gradients(
         name: jax.tree.map(finished, gradients[name], x) if name in wanted else None
         for name, x in vars(student).items()
     }
-    return replace(student, **{name: _gathered(plan, student, name, x) for name, x in fields.items()})
+    return _gathered(plan, student, fields)
 
 
-def _gathered(plan: Plan, student: Any, name: str, field: Any) -> Any:
-    """The gradient of a field, which is None where it was not wanted."""
-    if not jax.tree.leaves(field):
-        return field
-    return map_field(partial(gathered_parts, plan.partitioning), field, student.DIMS.get(name, ()))
+def _gathered(plan: Plan, source: Any, gradients: dict[str, Any]) -> Any:
+    """``source`` with the gradients of its fields, whole on each device; None where a field was not wanted."""
+    gather = partial(gathered_parts, plan.partitioning)
+    fields = {
+        name: map_field(gather, x, source.DIMS.get(name, ())) if jax.tree.leaves(x) else x
+        for name, x in gradients.items()
+    }
+    return replace(source, **fields)
 
 
 _map_rows.defvjp(_map_rows_forward, _map_rows_backward, symbolic_zeros=True)
